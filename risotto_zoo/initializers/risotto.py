@@ -1,0 +1,188 @@
+"""RISOTTO: exact dynamical isometry for ReLU ResNets (Gadhikar and Burkholz, arXiv 2210.02411).
+
+The method (looks-linear orthogonal layers, a skip or branch that makes up the difference to an orthogonal map) is the
+paper's. The constructions for identity skips are this project's; the one for bottlenecks goes beyond the paper.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .matrices import (
+    delta_kernel_,
+    looks_linear,
+    semi_orthogonal,
+    signed_permutation,
+    signed_selection,
+)
+from .structure import Block, resnet_structure
+
+Rng = torch.Generator | None
+
+
+def stem_matrix(out_channels: int, in_channels: int, generator: Rng = None) -> Tensor:
+    """W = [U; -U], shape (N, C_in), U of shape (N/2, C_in) semi-orthogonal: the first signal is U times the pixel."""
+    u = semi_orthogonal(out_channels // 2, in_channels, generator)
+    return torch.cat([u, -u])
+
+
+def layer_matrix(out_channels: int, in_channels: int, generator: Rng = None) -> Tensor:
+    """W = LL(U), shape (N_out, N_in), U semi-orthogonal: a layer outside any block, as in a stem of several."""
+    return looks_linear(semi_orthogonal(out_channels // 2, in_channels // 2, generator))
+
+
+def head_matrix(classes: int, features: int, pools: int = 1, generator: Rng = None) -> Tensor:
+    """W = [U, -U], shape (classes, features), U of shape (classes, features/2) semi-orthogonal.
+
+    `pools` is the number of feature maps that pooling concatenates (2 for timm's 'catavgmax'): each has its own pairs,
+    so each gets its own columns of U.
+    """
+    u = semi_orthogonal(classes, features // 2, generator)
+    return torch.cat([torch.cat([part, -part], dim=1) for part in u.chunk(pools, dim=1)], dim=1)
+
+
+def projection_block(widths: list[int], alpha: float, generator: Rng = None) -> tuple[list[Tensor], Tensor]:
+    """Branch and skip matrices of a block with a projection skip (the paper's type C).
+
+    W_i = LL(U_i), W_skip = LL(M - alpha U_m ... U_1), so that alpha f + h = LL(M), whatever alpha is.
+
+    Args:
+        widths: channels of the input and after each of the m layers of the branch, m + 1 even numbers.
+    Returns:
+        The W_i, each of shape (widths[i + 1], widths[i]), and W_skip of shape (widths[-1], widths[0]).
+    """
+    pairs = [w // 2 for w in widths]
+    us = [semi_orthogonal(rows, cols, generator) for cols, rows in zip(pairs[:-1], pairs[1:], strict=True)]
+    m = semi_orthogonal(pairs[-1], pairs[0], generator)
+    product = us[0]
+    for u in us[1:]:
+        product = u @ product
+    return [looks_linear(u) for u in us], looks_linear(m - alpha * product)
+
+
+def identity_basic_block(channels: int, alpha: float, generator: Rng = None) -> list[Tensor]:
+    """The two branch matrices of a basic block with an identity skip (the paper's type B; construction ours).
+
+    W_1 = LL(P), P a signed permutation, passes x through its ReLU as Q x; W_2 = (LL(M) - I) Q^T / alpha then makes
+    alpha f + x = LL(M) x. Both of shape (N, N). alpha must not be 0.
+    """
+    p = signed_permutation(channels // 2, generator)
+    m = looks_linear(semi_orthogonal(channels // 2, channels // 2, generator))
+    return [looks_linear(p), _columns_permuted(m - torch.eye(channels, dtype=torch.float64), p) / alpha]
+
+
+def identity_bottleneck_block(channels: int, width: int, alpha: float, generator: Rng = None) -> list[Tensor]:
+    """The three branch matrices of a bottleneck with an identity skip (beyond the paper).
+
+    A random subset of n/2 of the N/2 pairs is rotated, n the bottleneck's width; the skip passes the others.
+    W_1 = LL(P_1), P_1 the signed selection of the subset, shape (n, N); W_2 = LL(P_2), P_2 a signed permutation,
+    shape (n, n); W_3 = S^T (LL(M) - I) S Q_1^T Q_2^T / alpha with S the unsigned selection of the subset, shape (N, n):
+    its rows outside the subset are zero. alpha must not be 0.
+    """
+    p1 = signed_selection(width // 2, channels // 2, generator)
+    p2 = signed_permutation(width // 2, generator)
+    m = looks_linear(semi_orthogonal(width // 2, width // 2, generator))
+    # Row i of P_2 P_1 reads pair chosen[i] with sign signs[i]: the branch holds the subset permuted and signed.
+    chain = p2 @ p1
+    chosen = chain.abs().argmax(dim=1)
+    signs = torch.diag(chain.sum(dim=1))
+    rotation = _columns_permuted(m - torch.eye(width, dtype=torch.float64), signs) / alpha
+    w3 = torch.zeros(channels, width, dtype=torch.float64)
+    w3[torch.cat([chosen, chosen + channels // 2])] = rotation
+    return [looks_linear(p1), looks_linear(p2), w3]
+
+
+def _columns_permuted(matrix: Tensor, p: Tensor) -> Tensor:
+    """matrix Q^T, where Q = [[P+, P-], [P-, P+]] is the plain permutation with relu(LL(P) x) = Q x for paired x >= 0.
+
+    Row i of Q has its one at column source[i], so column i of the result is column source[i] of the matrix.
+    """
+    pair, negative = p.abs().argmax(dim=1), p.sum(dim=1) < 0
+    half = p.shape[1]
+    source = torch.cat([pair + half * negative, pair + half * ~negative])
+    return matrix[:, source]
+
+
+@torch.no_grad()
+def risotto_(model: nn.Module, alpha: float = 1.0, generator: torch.Generator | None = None) -> nn.Module:
+    """Initialize a ResNet in place so that its input-output Jacobian on signals is exactly orthogonal.
+
+    Works on the models of this package and on plain timm and torchvision ResNets, which it reads by their block and
+    attribute names. Batch normalization gets gamma = 1, beta = 0 and fresh running statistics; where a block has no
+    `alpha` of its own, the gamma of its last normalization starts at alpha. Weights are computed in float64 on the
+    CPU, then cast: the same generator seed gives the same weights on every device.
+
+    Args:
+        model: The network, on any device, of any floating dtype.
+        alpha: Weight of the residual branch at the start. 0 (the skip alone) needs a projection skip in every block.
+        generator: Source of randomness, a CPU generator; the global one if None.
+    Returns:
+        The same model.
+    Raises:
+        ValueError: If the network cannot be initialized exactly (the message names the module and the reason), or if
+            alpha or the generator does not fit. No weight has changed then.
+
+    Source: arXiv 2210.02411 for the method; section 1 of the design for what goes beyond it.
+    """
+    structure = resnet_structure(model)
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(f"the generator is on {generator.device}; only a CPU generator gives the same weights anywhere")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}, not a finite number")
+    for block in structure.blocks:
+        _check_block(block, alpha)
+    features = structure.blocks[-1].convs[-1].out_channels
+    if structure.head is not None and structure.head.in_features % features:
+        raise ValueError(f"fc: {structure.head.in_features} inputs are no multiple of the {features} feature channels")
+
+    for norm in structure.norms:
+        norm.reset_parameters()
+    first, *others = structure.stem
+    delta_kernel_(first, stem_matrix(first.out_channels, first.in_channels, generator))
+    for conv in others:
+        delta_kernel_(conv, layer_matrix(conv.out_channels, conv.in_channels, generator))
+    for block in structure.blocks:
+        _write_block(block, alpha, generator)
+    if structure.head is not None:
+        risotto_head_(structure.head, features, generator)
+    return model
+
+
+@torch.no_grad()
+def risotto_head_(head: nn.Linear, features: int, generator: torch.Generator | None = None) -> None:
+    """Initialize a linear classifier on `features` paired channels in place, as `head_matrix` states; bias 0."""
+    pools = head.in_features // features
+    head.weight.copy_(head_matrix(head.out_features, head.in_features, pools, generator))
+    if head.bias is not None:
+        head.bias.zero_()
+
+
+def _check_block(block: Block, alpha: float) -> None:
+    if block.gain is None and alpha != 1:
+        raise ValueError(f"{block.name}: has neither an alpha nor a normalization weight to hold alpha={alpha}")
+    if block.skip is not None:
+        return
+    if alpha == 0:
+        raise ValueError(f"{block.name}: alpha=0 with an identity skip leaves no branch to make the map orthogonal")
+    channels, *inner = [block.convs[0].in_channels] + [conv.out_channels for conv in block.convs[:-1]]
+    if len(block.convs) == 2 and inner != [channels]:
+        raise ValueError(f"{block.name}: an identity skip needs {channels} inner channels, found {inner[0]}")
+    if len(block.convs) == 3 and (inner[0] != inner[1] or inner[0] > channels):
+        raise ValueError(f"{block.name}: inner widths {inner} of a bottleneck must be equal and at most {channels}")
+
+
+def _write_block(block: Block, alpha: float, generator: Rng) -> None:
+    channels, width = block.convs[0].in_channels, block.convs[0].out_channels
+    if block.skip is not None:
+        widths = [channels] + [conv.out_channels for conv in block.convs]
+        matrices, skip = projection_block(widths, alpha, generator)
+        delta_kernel_(block.skip, skip)
+    elif len(block.convs) == 2:
+        matrices = identity_basic_block(channels, alpha, generator)
+    else:
+        matrices = identity_bottleneck_block(channels, width, alpha, generator)
+    for conv, matrix in zip(block.convs, matrices, strict=True):
+        delta_kernel_(conv, matrix)
+    if block.gain is not None:
+        block.gain.fill_(alpha)

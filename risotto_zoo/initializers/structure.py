@@ -1,0 +1,149 @@
+"""What an initializer needs to know of a ResNet, read off by the block and attribute names of timm and torchvision.
+
+Whatever an exact initialization cannot handle is refused here, before any weight has changed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
+# Not part of the function at evaluation time, or not part of the block's arithmetic at all.
+_NEUTRAL = ("drop_block", "drop_path")
+
+
+@dataclass
+class Block:
+    """One residual block y = relu(gain * f(x) + h(x)), f a chain of convolutions with ReLUs between them."""
+
+    name: str
+    convs: list[nn.Conv2d]  # of the branch f, in order
+    skip: nn.Conv2d | None  # h; None where the skip adds x itself
+    gain: nn.Parameter | None  # multiplier of the branch: alpha, or the last normalization's weight; None if neither
+
+
+@dataclass
+class ResNetStructure:
+    """The layers of a ResNet in the order of the forward pass."""
+
+    stem: list[nn.Conv2d]
+    blocks: list[Block]
+    head: nn.Linear | None
+    norms: list[nn.Module]  # every batch normalization
+
+
+def resnet_structure(model: nn.Module) -> ResNetStructure:
+    """Read the layers of a timm or torchvision ResNet, or of one of this package.
+
+    Raises:
+        ValueError: for anything that is not a plain ReLU ResNet of even widths with ungrouped, centred convolutions
+            and batch normalization or none; the message names the module and the reason.
+    """
+    if not isinstance(getattr(model, "layer1", None), nn.Sequential) or not hasattr(model, "conv1"):
+        raise ValueError(f"{type(model).__name__} is not a ResNet: it has no 'conv1' and 'layer1' as timm's has")
+    structure = ResNetStructure(stem=list(_stem_convs(model)), blocks=[], head=_head(model), norms=[])
+    for stage in _stage_names(model):
+        for index, block in enumerate(getattr(model, stage)):
+            structure.blocks.append(_read_block(f"{stage}.{index}", block))
+    structure.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return structure
+
+
+def _stage_names(model: nn.Module) -> list[str]:
+    return [name for name in (f"layer{i}" for i in range(1, 10)) if hasattr(model, name)]
+
+
+def _stem_convs(model: nn.Module) -> Iterator[nn.Conv2d]:
+    known = (nn.Conv2d, nn.Sequential, nn.ReLU, nn.MaxPool2d, *_NORMS)
+    for part in ("conv1", "bn1", "act1", "relu", "maxpool"):
+        for name, module in getattr(model, part, nn.Identity()).named_modules(prefix=part):
+            if type(module) not in known:
+                raise ValueError(f"{name}: a {type(module).__name__} in the stem cannot be initialized exactly")
+            if isinstance(module, nn.Conv2d):
+                _check_conv(name, module, input_pairs=part != "conv1" or module is not _first_conv(model))
+                yield module
+
+
+def _first_conv(model: nn.Module) -> nn.Module:
+    return next(m for m in model.conv1.modules() if isinstance(m, nn.Conv2d))
+
+
+def _head(model: nn.Module) -> nn.Linear | None:
+    head = getattr(model, "fc", None)
+    if head is None or isinstance(head, nn.Identity):
+        return None
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"fc: the head is a {type(head).__name__}, not a linear layer")
+    return head
+
+
+def _read_block(name: str, block: nn.Module) -> Block:
+    depth = 3 if hasattr(block, "conv3") else 2
+    branch = {f"{part}{i + 1}" for part in ("conv", "bn") for i in range(depth)}
+    for child_name, child in block.named_children():
+        full = f"{name}.{child_name}"
+        if child_name in _NEUTRAL or child_name == "downsample":
+            continue
+        if child_name in ("aa", "se"):
+            if not isinstance(child, nn.Identity):
+                what = "anti-aliasing" if child_name == "aa" else "channel attention"
+                raise ValueError(f"{full}: {what} ({type(child).__name__}) has no exact initialization")
+        elif child_name.startswith(("act", "relu")):
+            if not isinstance(child, nn.ReLU):
+                raise ValueError(f"{full}: the activation is a {type(child).__name__}, not a ReLU")
+        elif child_name not in branch:
+            raise ValueError(f"{full}: a {type(child).__name__} is not part of a plain residual block")
+        elif child_name.startswith("bn") and type(child) not in _NORMS:
+            raise ValueError(f"{full}: {type(child).__name__} is not batch normalization")
+    missing = sorted(b for b in branch if not hasattr(block, b))
+    if missing:
+        raise ValueError(f"{name}: a {type(block).__name__} has no {', '.join(missing)}, so it is no residual block")
+
+    convs = [getattr(block, f"conv{i + 1}") for i in range(depth)]
+    for i, conv in enumerate(convs):
+        _check_conv(f"{name}.conv{i + 1}", conv)
+    skip = _skip_conv(f"{name}.downsample", getattr(block, "downsample", None))
+    branch_stride = _product(conv.stride for conv in convs)
+    if branch_stride != (skip.stride if skip is not None else (1, 1)):
+        raise ValueError(f"{name}: branch and skip have different strides, so they do not read the same pixels")
+    if skip is None and convs[0].in_channels != convs[-1].out_channels:
+        raise ValueError(f"{name}: an identity skip cannot change the number of channels")
+    gain = getattr(block, "alpha", None)
+    if gain is None:
+        gain = getattr(getattr(block, f"bn{depth}"), "weight", None)
+    return Block(name, convs, skip, gain)
+
+
+def _skip_conv(name: str, downsample: nn.Module | None) -> nn.Conv2d | None:
+    if downsample is None:
+        return None
+    parts = list(downsample.children()) if isinstance(downsample, nn.Sequential) else [downsample]
+    convs = [part for part in parts if isinstance(part, nn.Conv2d)]
+    others = [part for part in parts if not isinstance(part, nn.Conv2d) and type(part) not in _NORMS]
+    if others:
+        raise ValueError(f"{name}: a {type(others[0]).__name__} in the skip averages or moves pixels, no isometry does")
+    if len(convs) != 1:
+        raise ValueError(f"{name}: the skip has {len(convs)} convolutions, not one")
+    _check_conv(name, convs[0])
+    return convs[0]
+
+
+def _check_conv(name: str, conv: nn.Module, input_pairs: bool = True) -> None:
+    if type(conv) is not nn.Conv2d:
+        raise ValueError(f"{name}: a {type(conv).__name__} stands where a plain convolution is expected")
+    if conv.groups != 1:
+        raise ValueError(f"{name}: grouped convolution (groups={conv.groups}) cannot hold a looks-linear matrix")
+    for side, channels in (("output", conv.out_channels), ("input", conv.in_channels if input_pairs else 0)):
+        if channels % 2:
+            raise ValueError(f"{name}: {channels} {side} channels cannot be paired, an even number is needed")
+    centred = tuple(d * (k // 2) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    if tuple(conv.padding if not isinstance(conv.padding, str) else ()) != centred:
+        raise ValueError(f"{name}: padding {conv.padding} shifts the centre tap; {centred} is needed")
+
+
+def _product(strides: Iterator[tuple[int, int]]) -> tuple[int, int]:
+    rows, cols = 1, 1
+    for r, c in strides:
+        rows, cols = rows * r, cols * c
+    return rows, cols
