@@ -54,7 +54,9 @@ def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: 
         parts = [_jvp(function, image.expand_as(b), b) for b in basis.split(chunk)]
     else:
         basis = torch.eye(outputs).to(image)
-        parts = [_vjp(function, image.expand(len(b), *image.shape), b).flatten(1)[:, reached] for b in basis.split(chunk)]
+        parts = [
+            _vjp(function, image.expand(len(b), *image.shape), b).flatten(1)[:, reached] for b in basis.split(chunk)
+        ]
     values = torch.linalg.svdvals(torch.cat(parts).cpu())
     return torch.cat([values, values.new_zeros(rank_bound - len(values))])
 

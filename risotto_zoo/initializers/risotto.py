@@ -127,7 +127,9 @@ def risotto_(model: nn.Module, alpha: float = 1.0, generator: torch.Generator | 
     """
     structure = resnet_structure(model)
     if generator is not None and generator.device.type != "cpu":
-        raise ValueError(f"the generator is on {generator.device}; only a CPU generator gives the same weights anywhere")
+        raise ValueError(
+            f"the generator is on {generator.device}; only a CPU generator gives the same weights anywhere"
+        )
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}, not a finite number")
     for block in structure.blocks:

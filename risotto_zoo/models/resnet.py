@@ -86,9 +86,7 @@ class RisottoResNet(timm_resnet.ResNet):
         elif norm == "batch":
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         else:
-            self.maxpool = nn.Sequential(
-                nn.Conv2d(width, width, 3, stride=2, padding=1, **meta), nn.ReLU(inplace=True)
-            )
+            self.maxpool = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1, **meta), nn.ReLU(inplace=True))
 
         # timm counts strides from its own stem, which divides by 4.
         extra = 1 if stem == "imagenet" else 4
@@ -105,7 +103,10 @@ class RisottoResNet(timm_resnet.ResNet):
         )
         for info in feature_info:
             info["reduction"] //= extra
-        self.feature_info = [{"num_chs": width, "reduction": 2 if stem == "imagenet" else 1, "module": "act1"}, *feature_info]
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2 if stem == "imagenet" else 1, "module": "act1"},
+            *feature_info,
+        ]
         # forward_features of timm runs four stages; those that a net does not have are empty.
         empty = [(f"layer{i}", nn.Sequential()) for i in range(len(stages) + 1, 5)]
         for name, stage in stages + empty:

@@ -1,0 +1,155 @@
+"""The command `risotto-zoo`: look at the zoo's models and at how they propagate signals at initialization."""
+
+import argparse
+from pathlib import Path
+
+import timm
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import UserError, did_you_mean, exits_cleanly
+from .images import UnreadableImage, read_image
+from .initializers import SCHEMES
+from .isometry import BlockSignal, probed_singular_values, signal_by_block, signal_map, singular_values
+from .models import create_model
+
+PROBES = 64
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="risotto-zoo", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    listing = commands.add_parser("list", help="names, sizes and weights of the models")
+    listing.add_argument("pattern", nargs="?", default="risotto_*", help="shell pattern of names (default: risotto_*)")
+
+    inspect = commands.add_parser("inspect", help="singular values, norm and similarity at initialization")
+    inspect.add_argument("name", help="model name, such as risotto_resnet20")
+    inspect.add_argument("--init", default="risotto", help=f"scheme: {', '.join(SCHEMES)} (default: risotto)")
+    inspect.add_argument("--alpha", type=float, default=1.0, help="weight of the branches at the start (default: 1)")
+    inspect.add_argument("--seed", type=int, default=0, help="seed of weights and random images (default: 0)")
+    inspect.add_argument(
+        "--image", nargs="+", type=Path, metavar="FILE", help="measure on these images, not on random ones"
+    )
+    inspect.add_argument(
+        "--exact", action="store_true", help=f"all singular values, where the default is {PROBES} random probes"
+    )
+    inspect.add_argument("--output", type=Path, help="the figure (default: NAME-INIT.png)")
+    return parser.parse_args()
+
+
+@exits_cleanly
+def main() -> None:
+    args = _arguments()
+    if args.command == "list":
+        list_models(args.pattern)
+    else:
+        inspect_model(args)
+
+
+def list_models(pattern: str) -> None:
+    """Print a line for each model that matches the pattern."""
+    names = timm.list_models(pattern)
+    if not names:
+        raise UserError(f"no model matches {pattern!r}{did_you_mean(pattern, timm.list_models('risotto_*'))}")
+    print(f"{'name':26} {'parameters':>12} {'multiply-adds':>14} {'input':>12}  weights")
+    for name in names:
+        model = create_model(name, device="meta") if name.startswith("risotto_") else create_model(name).to("meta")
+        size = model.default_cfg["input_size"]
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model.eval()(torch.empty(1, *size, device="meta"))
+        parameters = sum(p.numel() for p in model.parameters())
+        weights = timm.list_pretrained(f"{name}.*") or timm.list_pretrained(name)
+        print(
+            f"{name:26} {parameters / 1e6:10.2f} M {counter.get_total_flops() / 2e9:12.3f} G "
+            f"{'x'.join(map(str, size)):>12}  {', '.join(weights) or '-'}",
+            flush=True,
+        )
+
+
+def inspect_model(args: argparse.Namespace) -> None:
+    """Measure a freshly initialized net, print the table and write the figure."""
+    if not args.name.startswith("risotto_"):
+        create_model(args.name)  # an unknown name is told with the nearest ones
+        raise UserError(f"{args.name} is not a model of this zoo; see risotto-zoo list")
+    model = create_model(args.name, init=args.init, alpha=args.alpha, seed=args.seed).eval()
+    reduction = model.feature_info[-1]["reduction"]
+    images = _read(args.image, model) if args.image else _random_images(model, 4 * reduction, args.seed)
+    function = signal_map(model)
+    small = images[0].numel() * model.num_features <= 16 * 16 * 3 * 64
+    if args.exact or small:
+        values, how = singular_values(function, images[0]), "all"
+        values = values[values > 0]
+    else:
+        values, how = probed_singular_values(function, images[0], PROBES), f"{PROBES} random probes of the"
+    blocks = signal_by_block(model, images)
+
+    what = f"{args.name}, init={args.init}, alpha={args.alpha:g}, {'x'.join(map(str, images.shape[1:]))} images"
+    print(what)
+    print(
+        f"signal Jacobian, {how} non-zero singular values: {len(values)} from {values.min():.6g} to {values.max():.6g}"
+    )
+    print(f"largest distance from 1: {(values - 1).abs().max():.3g}")
+    print(f"\n{'block':12} {'signal norm':>12} {'similarity':>11}")
+    for block in _thinned(blocks, 24):
+        print(f"{block.name:12} {block.norm:12.5g} {block.similarity:11.6f}")
+    output = args.output or Path(f"{args.name}-{args.init}.png")
+    try:
+        _plot(values, blocks, what).savefig(output, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"figure {output} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    print(f"\nfigure: {output}")
+
+
+def _random_images(model: nn.Module, size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, model.in_chans, size, size, generator=generator)
+
+
+def _read(paths: list[Path], model: nn.Module) -> Tensor:
+    """The images as the model sees them; a single one is compared with its mirror image."""
+    transform = create_transform(**resolve_data_config(model=model, verbose=False))
+    images = []
+    for path in paths:
+        try:
+            images.append(transform(read_image(path, model.in_chans)))
+        except UnreadableImage as error:
+            raise UserError(f"image {path}: {error}") from None
+    return torch.stack(images if len(images) > 1 else [images[0], images[0].flip(-1)])
+
+
+def _thinned(blocks: list[BlockSignal], count: int) -> list[BlockSignal]:
+    step = max(1, -(-len(blocks) // count))
+    kept = blocks[::step]
+    return kept if kept[-1] is blocks[-1] else [*kept, blocks[-1]]
+
+
+def _plot(values: Tensor, blocks: list[BlockSignal], title: str) -> Figure:
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    spectrum, norm, similarity = figure.subplots(1, 3)
+    depth = range(1, len(blocks) + 1)
+    spectrum.semilogy(range(1, len(values) + 1), values, ".")
+    if values.max() < 10 * values.min():  # otherwise a flat line would be drawn at the scale of its rounding errors
+        spectrum.set_ylim(0.1, 10)
+    spectrum.set(xlabel="index", ylabel="singular value", title="Signal Jacobian")
+    norm.semilogy(depth, [block.norm for block in blocks], ".-")
+    norms = [block.norm for block in blocks]
+    if max(norms) < 10 * min(norms):
+        norm.set_ylim(min(norms) / 10, max(norms) * 10)
+    norm.set(xlabel="block", ylabel="root mean square", title="Signal norm")
+    similarity.plot(depth, [block.similarity for block in blocks], ".-")
+    similarity.set(xlabel="block", ylabel="cosine similarity", ylim=(-1.05, 1.05), title="Similarity of images")
+    for axis in (spectrum, norm, similarity):
+        axis.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

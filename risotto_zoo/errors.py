@@ -1,0 +1,34 @@
+"""Errors for people: one line that names the culprit and the mend, exit code 2, no traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+
+
+class UserError(Exception):
+    """Something the user can mend. The message stands alone: what is wrong, where, and what to do."""
+
+
+def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
+    """`; did you mean 'a' or 'b'?` with the nearest of the known words, or an empty string if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def exits_cleanly(main: Callable[[], int | None]) -> Callable[[], None]:
+    """Decorate a command: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+
+    @wraps(main)
+    def command() -> None:
+        try:
+            code = main() or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        sys.exit(code)
+
+    return command

@@ -1,0 +1,48 @@
+"""Reading image files as people have them: rotated by EXIF, grey, CMYK, 16-bit, palettes, animated, broken."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class UnreadableImage(Exception):
+    """The file is no image that can be read; the message is the reason, in a few words."""
+
+
+def read_image(path: str | Path, channels: int = 3) -> Image.Image:
+    """The image (of an animation, its first frame), upright, in mode RGB or, for one channel, L.
+
+    Raises:
+        UnreadableImage: If the file is missing, empty, truncated, no image, or too large to be decoded safely.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return to_mode(ImageOps.exif_transpose(image), channels)
+    except FileNotFoundError:
+        raise UnreadableImage("the file does not exist") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnreadableImage("more pixels than are safe to decode") from None
+    except MemoryError:
+        raise UnreadableImage("more pixels than fit in memory") from None
+    # Pillow's decoders raise nearly anything on broken files; whatever it is, the file cannot be read.
+    except Exception as error:
+        reason = (
+            "not an image" if "cannot identify" in str(error) else str(error).split("\n")[0] or type(error).__name__
+        )
+        raise UnreadableImage(reason) from None
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Convert to RGB or L; 16-bit grey keeps its upper byte, where Pillow would clip it to white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        scale = 257.0 if values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("L" if channels == 1 else "RGB")

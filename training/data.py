@@ -1,0 +1,317 @@
+"""Image sets: where the images come from, and the uint8 arrays that hold a set in memory."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import safetensors
+import safetensors.torch
+import timm.data
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+from tqdm import tqdm
+
+from risotto_zoo.errors import UserError
+from risotto_zoo.images import UnreadableImage, read_image, to_mode
+
+VALIDATION_FOLDERS = ("val", "validation", "test")
+TIMM_SCHEMES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image becomes a net's input, in timm's terms: what `resolve_data_config` returns, as far as needed."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: str = "center"
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "View":
+        """From a timm data configuration."""
+        values = {name: config[name] for name in cls.__dataclass_fields__}
+        channels = values["input_size"][0]
+        for name in ("mean", "std"):  # a model made for another number of channels keeps the averages
+            if len(values[name]) != channels:
+                values[name] = (sum(values[name]) / len(values[name]),) * channels
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+    def transform(self, size: int | None = None, whole: bool = False) -> Callable[[Image.Image], Tensor]:
+        """timm's evaluation transform up to the uint8 array, shape (C, H, W); `whole` resizes without cropping."""
+        side = size or self.input_size[1]
+        steps = create_transform(
+            (self.input_size[0], side, side),
+            is_training=False,
+            use_prefetcher=True,  # ends in a uint8 array: normalization is left to the device
+            interpolation=self.interpolation,
+            crop_pct=1.0 if whole else self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+        return lambda image: torch.as_tensor(steps(image))  # an array in older versions of timm
+
+
+@dataclass
+class ImageSet:
+    """Images in memory: uint8, shape (N, C, H, W), with targets of shape (N,)."""
+
+    images: Tensor
+    targets: Tensor
+    classes: list[str]
+    unreadable: list[str] = field(default_factory=list)  # "file (reason)" of each image left out
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def subset(self, indices: Tensor) -> "ImageSet":
+        return ImageSet(self.images[indices], self.targets[indices], self.classes, self.unreadable)
+
+
+def load_set(
+    source: str,
+    training: bool,
+    view: View,
+    *,
+    size: int | None = None,
+    split: str | None = None,
+    root: str | None = None,
+    progress: bool = True,
+) -> ImageSet:
+    """Decode a whole set into memory, or read it back from the cache on disk.
+
+    Args:
+        source: 'digits', an image folder, or a timm data set string.
+        training: The training part, or the one to validate on.
+        view: Resizing and cropping.
+        size: Side of the stored images, whole; the view's own size and crop if None.
+        split, root: For a timm data set string.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: If the source is missing, empty, has one class only, holds nothing readable, or does not fit in 60%
+            of the free memory.
+    """
+    transform = view.transform(size, whole=size is not None)
+    channels = view.input_size[0]
+    if source == "digits":
+        return _digits(training, transform, channels)
+    reader = open_source(source, training, split, root)
+    side = size or view.input_size[1]
+    _check_memory(len(reader.samples), channels * side * side, psutil.virtual_memory().available, source)
+    key = _cache_key(reader, {"size": size, "channels": channels, **asdict(view), "mean": None, "std": None})
+    cached = _read_cache(key)
+    if cached is not None:
+        return cached
+    result = _decode(reader, transform, channels, (channels, side, side), progress)
+    _write_cache(key, result)
+    return result
+
+
+def check_device_memory(images: ImageSet, device: torch.device) -> None:
+    """Refuse to move a set to a GPU whose free memory it would fill by more than 60%.
+
+    Raises:
+        UserError: naming the streaming pipeline.
+    """
+    if device.type == "cuda":
+        per_image = images.images[0].numel()
+        _check_memory(len(images), per_image, torch.cuda.mem_get_info(device)[0], str(device))
+
+
+@dataclass
+class Source:
+    """A listed but not yet decoded set."""
+
+    name: str
+    samples: list[Any]  # (file, class index), or positions in `dataset`
+    classes: list[str]
+    dataset: Any = None  # a timm data set, for sources that are no plain folders
+    root: Path | None = None
+
+
+def open_source(source: str, training: bool, split: str | None = None, root: str | None = None) -> Source:
+    """List a folder or a timm data set.
+
+    Raises:
+        UserError: If it is missing, empty or has one class only.
+    """
+    if source.startswith(TIMM_SCHEMES):
+        dataset = timm_dataset(source, training, split, root)
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise UserError(f"{source} can only be read in order; set data.pipeline to streaming")
+        classes = getattr(getattr(dataset, "dataset", dataset), "classes", None) or _class_names(dataset)
+        return Source(source, list(range(len(dataset))), list(classes), dataset, Path(root) if root else None)
+    folder = split_folder(Path(source), training)
+    reader = timm.data.create_dataset("", root=str(folder)).reader if _class_folders(folder) else None
+    if reader is None or not reader.samples:
+        raise UserError(f"{folder} holds no images; it needs one sub-folder of images for each class")
+    classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    if len(classes) < 2:
+        raise UserError(f"{folder} has one class only ({classes[0]}); it needs a sub-folder for each of two or more")
+    return Source(str(folder), list(reader.samples), classes, root=folder)
+
+
+def timm_dataset(source: str, training: bool, split: str | None, root: str | None, **options: Any) -> Any:
+    """`timm.data.create_dataset`, its errors in one line."""
+    try:
+        split = split or ("train" if training else "validation")
+        return timm.data.create_dataset(source, root=root, split=split, **options)
+    except Exception as error:  # each reader fails in its own way
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"data set {source} cannot be opened: {reason}") from None
+
+
+def split_folder(folder: Path, training: bool) -> Path:
+    """The sub-folder to train or to validate on; a folder of classes without splits is one to validate on."""
+    if not folder.is_dir():
+        raise UserError(
+            f"data folder {folder} does not exist; unpack the images there, or name another with --set data.source=..."
+        )
+    names = ("train",) if training else VALIDATION_FOLDERS
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    if training:
+        raise UserError(
+            f"{folder} has no sub-folder train; it needs train and val (or test), one folder a class in each"
+        )
+    if (folder / "train").is_dir():
+        raise UserError(f"{folder} has no sub-folder {', '.join(VALIDATION_FOLDERS)} to validate on")
+    return folder
+
+
+def _class_folders(folder: Path) -> bool:
+    return any(entry.is_dir() for entry in folder.iterdir())
+
+
+def _class_names(dataset: Any) -> list[str]:
+    classes = 1 + max(int(dataset[i][1]) for i in range(len(dataset)))
+    return [str(i) for i in range(classes)]
+
+
+def _digits(training: bool, transform: Callable, channels: int) -> ImageSet:
+    """scikit-learn's 1,797 scanned digits of 8x8 pixels; a fifth of each class, always the same, is for validation."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    parts = train_test_split(
+        digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=0, shuffle=True
+    )
+    images, targets = (parts[0], parts[2]) if training else (parts[1], parts[3])
+    grey = (images * (255 / 16)).round().astype("uint8")
+    arrays = [transform(to_mode(Image.fromarray(image), channels)) for image in grey]
+    return ImageSet(torch.stack(arrays), torch.as_tensor(targets).long(), [str(name) for name in digits.target_names])
+
+
+def _decode(
+    source: Source, transform: Callable, channels: int, shape: tuple[int, int, int], progress: bool
+) -> ImageSet:
+    """Decode on all cores; Pillow releases the interpreter lock while it works."""
+
+    def decode(position: int) -> tuple[Any, int, str]:
+        sample = source.samples[position]
+        try:
+            if source.dataset is not None:
+                image, target = source.dataset[sample]
+                return transform(to_mode(image, channels)), int(target), ""
+            path, target = sample
+            return transform(read_image(path, channels)), target, ""
+        except UnreadableImage as error:
+            return None, -1, f"{sample[0]} ({error})"
+
+    count = len(source.samples)
+    images, targets = torch.empty(count, *shape, dtype=torch.uint8), torch.full((count,), -1)
+    unreadable = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(decode, range(count))
+        for i, (array, target, problem) in enumerate(_bar(results, count, f"decoding {source.name}", progress)):
+            if problem:
+                unreadable.append(problem)
+            else:
+                images[i], targets[i] = array, target
+    if len(unreadable) == count:
+        raise UserError(f"none of the {count} images in {source.name} can be read; the first is {unreadable[0]}")
+    if unreadable:
+        images, targets = images[targets >= 0], targets[targets >= 0]
+    return ImageSet(images, targets, source.classes, unreadable)
+
+
+def _bar(iterable: Iterator, total: int, what: str, show: bool) -> Iterator:
+    return tqdm(iterable, what, total, unit="img", disable=None if show else True, leave=False, dynamic_ncols=True)
+
+
+def _check_memory(count: int, image_bytes: int, free: int, where: str) -> None:
+    need = count * image_bytes
+    if need > 0.6 * free:
+        raise UserError(
+            f"{count} images of {image_bytes} bytes take {need / 2**30:.1f} GiB, more than 60% of the "
+            f"{free / 2**30:.1f} GiB free for {where}; set data.pipeline to streaming"
+        )
+
+
+# --- the cache on disk: one file a set, named by what is in the source and how it was decoded
+
+
+def cache_folder() -> Path:
+    """`$RISOTTO_ZOO_CACHE`, or `risotto-zoo` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("RISOTTO_ZOO_CACHE") or Path(base) / "risotto-zoo")
+
+
+def _cache_key(source: Source, settings: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps([source.name, source.classes, settings], default=str).encode())
+    if source.dataset is None:
+        files = [path for path, _ in source.samples]
+    else:
+        files = sorted(str(path) for path in source.root.rglob("*") if path.is_file()) if source.root else []
+        digest.update(str(len(source.samples)).encode())
+
+    def fingerprint(path: str) -> bytes:
+        try:
+            content = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+        except OSError:  # a dangling link, say: it is named when it is decoded
+            content = b"unreadable"
+        return os.fsencode(path) + b"\0" + content
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in pool.map(fingerprint, files, chunksize=64):
+            digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def _read_cache(key: str) -> ImageSet | None:
+    path = cache_folder() / f"{key}.safetensors"
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            return ImageSet(file.get_tensor("images"), file.get_tensor("targets"), **facts)
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        return None  # absent or not whole: decode again
+
+
+def _write_cache(key: str, images: ImageSet) -> None:
+    facts = json.dumps({"classes": images.classes, "unreadable": images.unreadable})
+    tensors = {"images": images.images, "targets": images.targets}
+    temporary = None
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=cache_folder(), prefix=f"{key}.")
+        os.close(handle)
+        safetensors.torch.save_file(tensors, temporary, metadata={"facts": facts})
+        os.replace(temporary, cache_folder() / f"{key}.safetensors")
+    except (OSError, safetensors.SafetensorError) as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        tqdm.write(f"the decoded images could not be cached in {cache_folder()}: {error}")

@@ -1,0 +1,79 @@
+"""The little that training needs to know of other processes. Started by torchrun, or alone."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from risotto_zoo.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, value: int) -> int:
+        """The largest of a small number over processes."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def join_world(device: str | None) -> World:
+    """Join the process group that torchrun describes, or be alone; choose this process's device.
+
+    Raises:
+        UserError: If the device is unknown or not there.
+    """
+    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    chosen = choose_device(device)
+    if chosen.type == "cuda" and size > 1:
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        return World(dist.get_rank(), dist.get_world_size(), chosen)
+    return World(0, 1, chosen)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one.
+
+    Raises:
+        UserError: If torch does not know the device or this machine has none of it.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device {name!r} is not available on this machine; --device cpu always is") from None
+    return device

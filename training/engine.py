@@ -1,0 +1,524 @@
+"""The training loop: from a recipe and an output folder to a trained model folder, whatever interrupts it."""
+
+import copy
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from risotto_zoo.checkpoints import model_config, save_model
+from risotto_zoo.errors import UserError
+from risotto_zoo.evaluation import Evaluation, evaluate
+from risotto_zoo.models import create_model
+
+from . import run_folder
+from .augment import stream
+from .data import View
+from .distributed import World
+from .optimization import build_optimizer, build_scheduler, fold, freeze, standardize
+from .pipelines import Pipeline, build_pipeline
+from .recipe import Recipe
+from .state import flatten_optimizer, load_state, prefixed, restore_optimizer, save_state, unprefixed
+
+DIVERGED = 3
+CURVES_SECONDS = 20.0
+AGREE_STEPS = 5  # how often processes ask each other whether to stop
+
+
+class Diverged(Exception):
+    """The loss stopped being a number."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the argument is its number."""
+
+
+@dataclass
+class Progress:
+    """Where the run stands; everything but the weights and the optimizer that its state holds."""
+
+    step: int = 0
+    seconds: float = 0.0
+    images: int = 0
+    waited: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of this epoch: images, loss, correct
+
+
+@dataclass
+class Trainer:
+    """All that one run is made of."""
+
+    recipe: Recipe
+    output: Path
+    world: World
+    view: View
+    pipeline: Pipeline
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        args = {key: value for key, value in self.recipe.model_args.items() if key not in ("seed", "num_classes")}
+        return model_config(self.model, self.pipeline.classes, asdict(self.view), args)
+
+
+def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Run a recipe, from the start or from the state found in `output`, and return its results.
+
+    Raises:
+        UserError: For anything the user can mend.
+        Diverged: On a non-finite loss; the last good state is kept.
+        Stopped: After SIGTERM or Ctrl-C, the state saved.
+    """
+    if world.main:
+        run_folder.claim(output, recipe, overwrite, resume or recipe.resume == "auto")
+    world.barrier()
+    trainer = build(recipe, output, world)
+    _resume(trainer)
+    try:
+        return _loop(trainer, _StopSignals())
+    except OSError as error:
+        raise UserError(
+            f"{output} could not be written ({error.strerror}); the last good state is kept. "
+            "Make room and run the same command again"
+        ) from None
+
+
+def build(recipe: Recipe, output: Path, world: World) -> Trainer:
+    """Data, model and optimizer of a recipe, before the first step."""
+    torch.manual_seed(recipe.seed)
+    if world.device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
+        torch.backends.cudnn.benchmark = True
+    args = dict(recipe.model_args)
+    wanted_classes = args.pop("num_classes", None)
+    if recipe.init_from is not None:
+        model = create_model(recipe.init_from, pretrained=True, **args)
+        config = model.pretrained_cfg
+    else:
+        config = _registered_config(recipe.model)
+    view = _view(recipe, config)
+    pipeline = build_pipeline(recipe, view, world)
+    if world.main and pipeline.unreadable:
+        _say(
+            f"{len(pipeline.unreadable)} images could not be read and are left out: "
+            + ", ".join(pipeline.unreadable[:5])
+            + (", ..." if len(pipeline.unreadable) > 5 else "")
+        )
+    classes = len(pipeline.classes)
+    if wanted_classes not in (None, classes):
+        raise UserError(f"model_args.num_classes is {wanted_classes}, but {recipe.data.source} has {classes} classes")
+    if (recipe.augment.mixup or recipe.augment.cutmix) and classes < 2:
+        raise UserError("augment: mixup and cutmix have nothing to mix with one class")
+    torch.manual_seed(recipe.seed)
+    if recipe.init_from is None:
+        model = create_model(recipe.model, **{"num_classes": classes, "in_chans": view.input_size[0], **args})
+    else:
+        model.reset_classifier(classes)
+    if recipe.freeze:
+        freeze(model, recipe.freeze)
+    if recipe.weight_standardization:
+        standardize(model)
+    if recipe.sync_bn and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(world.device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
+    optimizer = build_optimizer(model, recipe)
+    return Trainer(
+        recipe=recipe,
+        output=output,
+        world=world,
+        view=view,
+        pipeline=pipeline,
+        model=model,
+        ema=ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, recipe, pipeline.steps_per_epoch),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "float16"),
+        progress=Progress(),
+    )
+
+
+def _registered_config(name: str) -> dict[str, Any]:
+    config = get_pretrained_cfg(name.split(".")[0])
+    if config is None:
+        create_model(name)  # says what is wrong with the name
+        raise UserError(f"model {name} has no data configuration")
+    return config.to_dict()
+
+
+def _view(recipe: Recipe, config: dict[str, Any]) -> View:
+    resolved = resolve_data_config(pretrained_cfg=config, use_test_size=False, verbose=False)
+    side = recipe.data.image_size or resolved["input_size"][1]
+    channels = recipe.model_args.get("in_chans") or resolved["input_size"][0]
+    crop = recipe.data.crop_pct if recipe.data.crop_pct is not None else resolved["crop_pct"]
+    return View.of({**resolved, "input_size": (channels, side, side), "crop_pct": crop})
+
+
+def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
+    recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
+    steps = trainer.pipeline.steps_per_epoch
+    module = trainer.model
+    if recipe.compile:
+        module = torch.compile(module)
+    if world.size > 1:
+        module = DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
+    board = _tensorboard(trainer)
+    last_save = last_curves = time.perf_counter()
+    outcome = None
+    if world.main:
+        count = sum(p.numel() for p in trainer.model.parameters())
+        _say(
+            f"{recipe.model}, {count / 1e6:.2f} M parameters, on {run_folder.hardware(world.device, world.size)}: "
+            f"{trainer.pipeline.train_size} training and {trainer.pipeline.val_size} validation images of "
+            f"{len(trainer.pipeline.classes)} classes, {recipe.epochs} epochs of {steps} steps"
+        )
+    while len(progress.history) < recipe.epochs:
+        epoch = len(progress.history)
+        trainer.model.train()
+        sums = torch.tensor(progress.sums, device=world.device, dtype=torch.float32)
+        bad_step = torch.tensor(-1, device=world.device)
+        bar = _EpochBar(trainer, epoch)
+        batches = trainer.pipeline.epoch(epoch, progress.step - epoch * steps)
+        while progress.step < (epoch + 1) * steps:
+            before = time.perf_counter()
+            images, targets = next(batches)
+            fetched = time.perf_counter()
+            loss, correct = _step(trainer, module, images, targets)
+            bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), progress.step, bad_step)
+            sums += torch.stack([loss.new_tensor(len(images)), loss * len(images), correct])
+            progress.step += 1
+            progress.images += len(images) * world.size
+            progress.waited += fetched - before
+            bar.advance(sums)
+            now = time.perf_counter()
+            progress.seconds += now - before
+            due = now - last_save > recipe.save_minutes * 60
+            if progress.step % AGREE_STEPS == 0 or world.size == 1:
+                stopping = world.largest(stop.number)
+                if world.largest(int(due)) or stopping:
+                    progress.sums = sums.tolist()
+                    _check_finite(trainer, bad_step)
+                    _save(trainer)
+                    last_save = time.perf_counter()
+                if stopping:
+                    _export(trainer)
+                    raise Stopped(stopping)
+        _check_finite(trainer, bad_step)
+        bar.close()
+        progress.sums = sums.tolist()
+        row, *outcome = _validate(trainer, epoch, stop)
+        progress.history.append(row)
+        progress.sums = [0.0, 0.0, 0.0]
+        _save(trainer)
+        last_save = time.perf_counter()
+        if world.main:
+            run_folder.write_metrics(trainer.output, progress.history)
+            final = len(progress.history) == recipe.epochs
+            if final or time.perf_counter() - last_curves > CURVES_SECONDS:
+                run_folder.write_curves(trainer.output, progress.history, _title(recipe))
+                last_curves = time.perf_counter()
+            _say(_epoch_line(row, recipe.epochs))
+            for key, value in row.items():
+                if board is not None and isinstance(value, float):
+                    board.add_scalar(key, value, progress.step)
+    if outcome is None:  # resumed after the last epoch
+        _, *outcome = _validate(trainer, recipe.epochs - 1, stop)
+    return _finish(trainer, *outcome)
+
+
+def _step(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """One optimizer step; returns the mean loss and the number of correct answers, both of this process."""
+    recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
+    trainer.scheduler.step_update(progress.step)
+    # Dropout and stochastic depth draw from the global generators: a function of seed, rank and step, so that a
+    # resumed run draws the same.
+    torch.manual_seed(stream(recipe.seed, "step", progress.step, world.rank).initial_seed())
+    if recipe.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    total, correct = images.new_zeros(()), images.new_zeros(())
+    parts = zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True)
+    for i, (part, wanted) in enumerate(parts):
+        last = i == recipe.accumulate - 1
+        quiet = module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext()
+        autocast = torch.autocast(world.device.type, getattr(torch, recipe.amp)) if recipe.amp else nullcontext()
+        with quiet:
+            with autocast:
+                logits = module(part)
+            loss = F.cross_entropy(logits.float(), wanted, label_smoothing=recipe.label_smoothing)
+            trainer.scaler.scale(loss / recipe.accumulate).backward()
+        total += loss.detach() / recipe.accumulate
+        correct += (logits.detach().argmax(1) == wanted.argmax(1)).sum()
+    if recipe.clip is not None:
+        trainer.scaler.unscale_(trainer.optimizer)
+        parameters = [p for p in trainer.model.parameters() if p.grad is not None]
+        dispatch_clip_grad(parameters, recipe.clip.value, mode=recipe.clip.mode)
+    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if trainer.ema is not None:
+        trainer.ema.update(trainer.model, step=progress.step)
+    return total, correct
+
+
+def _validate(
+    trainer: Trainer, epoch: int, stop: "_StopSignals"
+) -> tuple[dict[str, Any], Evaluation, Evaluation | None]:
+    """Evaluate raw and averaged weights in float32 and make the epoch's row of metrics."""
+    progress, world = trainer.progress, trainer.world
+
+    def batches() -> Any:
+        for batch in trainer.pipeline.validation():
+            if stop.number and world.size == 1:  # the weights have not moved since the last step: save and go
+                _save(trainer)
+                _export(trainer)
+                raise Stopped(stop.number)
+            yield batch
+
+    result = evaluate(trainer.model, batches(), world.sum)
+    averaged = evaluate(trainer.ema.module, batches(), world.sum) if trainer.ema is not None else None
+    sums = world.sum(torch.tensor(progress.sums, device=world.device))
+    images, loss, correct = sums.tolist()
+    row = {
+        "epoch": epoch + 1,
+        "step": progress.step,
+        "train_loss": loss / max(images, 1),
+        "train_top1": correct / max(images, 1),
+        "val_loss": result.loss,
+        "val_top1": result.top1,
+        "val_top5": result.top5,
+        **({"ema_loss": averaged.loss, "ema_top1": averaged.top1} if averaged else {}),
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "images_per_second": progress.images / max(progress.seconds, 1e-9),
+        "data_wait": progress.waited / max(progress.seconds, 1e-9),
+        "seconds": progress.seconds,
+    }
+    return row, result, averaged
+
+
+def _check_finite(trainer: Trainer, bad_step: Tensor) -> None:
+    step = trainer.world.largest(int(bad_step))
+    if step < 0:
+        return
+    trainer.scheduler.step_update(step)
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    raise Diverged(
+        f"the loss is not finite at step {step} (epoch {step // trainer.pipeline.steps_per_epoch + 1}, learning rate "
+        f"{rate:.3g}); the last good state is kept in {trainer.output / 'state'}. Usual mends: a smaller "
+        "optimizer.lr, a longer warmup_epochs, clip: {mode: norm, value: 1}, amp: null"
+    )
+
+
+# --- saving, resuming, finishing
+
+
+def _save(trainer: Trainer) -> None:
+    if not trainer.world.main:
+        return
+    tensors, plain = flatten_optimizer(trainer.optimizer)
+    tensors |= prefixed("model.", trainer.model)
+    if trainer.ema is not None:
+        tensors |= prefixed("ema.", trainer.ema.module)
+    facts = {"progress": asdict(trainer.progress), "optimizer": plain, "scaler": trainer.scaler.state_dict()}
+    save_state(trainer.output / "state", trainer.progress.step, tensors, facts)
+
+
+def _resume(trainer: Trainer) -> None:
+    found = load_state(trainer.output / "state")
+    if found is None:
+        return
+    step, tensors, facts, skipped = found
+    for line in skipped:
+        if trainer.world.main:
+            _say(f"skipped a state that does not verify: {line}")
+    if step < 0:
+        if trainer.world.main:
+            _say("no state verifies; starting again from the beginning")
+        return
+    trainer.model.load_state_dict(unprefixed("model.", tensors))
+    if trainer.ema is not None:
+        trainer.ema.module.load_state_dict(unprefixed("ema.", tensors))
+    restore_optimizer(trainer.optimizer, tensors, facts["optimizer"])
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(facts["scaler"])
+    trainer.progress = Progress(**facts["progress"])
+    if trainer.world.main:
+        _say(f"resumed at step {step}, after {len(trainer.progress.history)} finished epochs")
+
+
+def _export(trainer: Trainer) -> dict[str, str]:
+    """Write the weights as plain model files; returns their hashes by name."""
+    if not trainer.world.main:
+        return {}
+    files = {"model.safetensors": trainer.model}
+    if trainer.ema is not None:
+        files["model_ema.safetensors"] = trainer.ema.module
+    hashes = {}
+    for name, model in files.items():
+        hashes[name] = save_model(trainer.output, _plain(model), trainer.config, name)
+    return hashes
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """A copy without training-time parametrizations."""
+    plain = copy.deepcopy(model)
+    fold(plain)
+    return plain
+
+
+def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -> dict[str, Any]:
+    recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
+    hashes = _export(trainer)
+    better = "ema" if averaged is not None and averaged.top1 > result.top1 else "raw"
+    memory = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else _peak_memory()
+    results = {
+        "finished": True,
+        "model": recipe.model,
+        "data": recipe.data.source,
+        "train_images": trainer.pipeline.train_size,
+        "epochs": recipe.epochs,
+        "seed": recipe.seed,
+        "raw": asdict(result),
+        **({"ema": asdict(averaged), "better": better} if averaged is not None else {}),
+        "hardware": run_folder.hardware(world.device, world.size),
+        "train_seconds": progress.seconds,
+        "train_images_per_second": progress.images / max(progress.seconds, 1e-9),
+        "peak_memory_bytes": memory,
+        "parameters": sum(p.numel() for p in _plain(trainer.model).parameters()),
+        "sha256": hashes,
+    }
+    if world.main:
+        run_folder.write_results(trainer.output, results)
+        _say(_summary(trainer, results))
+    world.barrier()
+    return results
+
+
+def _peak_memory() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --- telling
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
+def _title(recipe: Recipe) -> str:
+    return f"{recipe.model} on {Path(recipe.data.source).name}"
+
+
+def _epoch_line(row: dict[str, Any], epochs: int) -> str:
+    ema = f" (EMA {100 * row['ema_top1']:.2f}%)" if "ema_top1" in row else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}: training loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
+        f"top-1 {100 * row['val_top1']:.2f}%{ema}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
+    )
+
+
+def _summary(trainer: Trainer, results: dict[str, Any]) -> str:
+    folder = trainer.output
+    best = results[results.get("better", "raw")]
+    low, high = best["top1_interval"]
+    lines = [
+        "",
+        f"top-1 {100 * best['top1']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f}) "
+        f"on {best['images']} images, {results['train_seconds']:.0f} s of training, "
+        f"{results['train_images_per_second']:.0f} images/s, {results['peak_memory_bytes'] / 2**20:.0f} MiB at most",
+    ]
+    if "better" in results:
+        lines.append(f"better weights: {results['better']} (model.safetensors is raw, model_ema.safetensors is ema)")
+    lines += [
+        f"curves    {folder / 'curves.png'}",
+        f"load      timm.create_model('local-dir:{folder}', pretrained=True)  # after import timm, risotto_zoo",
+        f"evaluate  python -m training.evaluate local-dir:{folder}",
+    ]
+    return "\n".join(lines)
+
+
+class _EpochBar:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, trainer: Trainer, epoch: int) -> None:
+        self.trainer = trainer
+        self.terminal = sys.stderr.isatty()
+        steps = trainer.pipeline.steps_per_epoch
+        done = trainer.progress.step - epoch * steps
+        show = trainer.world.main and self.terminal
+        label = f"epoch {epoch + 1}/{trainer.recipe.epochs}"
+        self.bar = tqdm(
+            total=steps, initial=done, desc=label, unit="step", leave=False, disable=not show, dynamic_ncols=True
+        )
+
+    def advance(self, sums: Tensor) -> None:
+        self.bar.update()
+        trainer = self.trainer
+        step, every = trainer.progress.step, trainer.recipe.log_every
+        if not trainer.world.main or step % (10 if self.terminal else every):
+            return
+        images, loss, correct = sums.tolist()
+        rate = trainer.progress.images / max(trainer.progress.seconds, 1e-9)
+        total = trainer.recipe.epochs * trainer.pipeline.steps_per_epoch
+        left = (total - step) * trainer.recipe.batch_size / max(rate, 1e-9)
+        text = (
+            f"loss {loss / images:.4f}, top-1 {100 * correct / images:.1f}%, {rate:.0f} images/s, {_clock(left)} left"
+        )
+        if self.terminal:
+            self.bar.set_postfix_str(text, refresh=False)
+        else:
+            _say(f"step {step}/{total}: {text}")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _tensorboard(trainer: Trainer) -> Any:
+    if not trainer.recipe.tensorboard or not trainer.world.main:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(trainer.output / "tensorboard")
+
+
+class _StopSignals:
+    """Remembers SIGTERM and Ctrl-C until the loop is at a place where it can save; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = int(number)

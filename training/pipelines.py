@@ -1,0 +1,245 @@
+"""Two ways from images to batches: held in memory and augmented on the device, or streamed by timm's loaders."""
+
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import timm.data
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+from risotto_zoo.errors import UserError, did_you_mean
+
+from .augment import Draw, augmented, draw, mixed, stream
+from .data import TIMM_SCHEMES, ImageSet, View, check_device_memory, load_set, open_source, timm_dataset
+from .distributed import World
+from .recipe import Data, Recipe
+
+EVAL_BATCH = 500
+
+
+class Pipeline(Protocol):
+    """What the engine needs: batches of one epoch from any step on, and the validation batches of this process."""
+
+    classes: list[str]
+    train_size: int
+    val_size: int
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images, shape (B, C, H, W), and target distributions, (B, K), of this process, on its device."""
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Float images and class indices, (B,); together the processes see each image once."""
+
+
+def build_pipeline(recipe: Recipe, view: View, world: World) -> Pipeline:
+    """The pipeline the recipe asks for."""
+    return (Resident if recipe.data.pipeline == "resident" else Streaming)(recipe, view, world)
+
+
+def validation_batches(images: ImageSet, view: View, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalized batches of every world.size-th image, beginning at world.rank."""
+    mean, std = _statistics(view, world.device)
+    for part in torch.arange(world.rank, len(images), world.size).split(EVAL_BATCH):
+        batch = images.images[part].to(world.device).float() / 255
+        yield (batch - mean[:, None, None]) / std[:, None, None], images.targets[part].to(world.device)
+
+
+def resident_sets(data: Data, view: View, progress: bool = True) -> tuple[ImageSet, ImageSet]:
+    """The images to train on and those to validate on, as the recipe's data section says."""
+    load = {"root": data.root, "progress": progress}
+    train = load_set(data.source, True, view, size=data.stored_size, split=data.train_split, **load)
+    if data.train_images is not None:
+        if data.train_images > len(train):
+            raise UserError(f"data.train_images: there are only {len(train)} training images in {data.source}")
+        train = train.subset(torch.randperm(len(train), generator=stream("subset"))[: data.train_images])
+    if data.holdout:
+        order = torch.randperm(len(train), generator=stream("holdout"))
+        held = round(data.holdout * len(train))
+        val, train = train.subset(order[:held]), train.subset(order[held:])
+        if data.stored_size is not None:
+            val.images = _resized(val.images, view.input_size[1])
+        return train, val
+    val = load_set(data.source, False, view, split=data.val_split, **load)
+    if train.classes != val.classes:
+        raise _other_classes(train.classes, val.classes, data.source)
+    return train, val
+
+
+class Resident:
+    """The whole set as bytes on the training device."""
+
+    def __init__(self, recipe: Recipe, view: View, world: World) -> None:
+        data = recipe.data
+        self.recipe, self.view, self.world = recipe, view, world
+        if world.main:  # the others then read its cache file
+            train, val = resident_sets(data, view, progress=True)
+        world.barrier()
+        if not world.main:
+            train, val = resident_sets(data, view, progress=False)
+        self.classes, self.val = train.classes, val
+        self.unreadable = train.unreadable + val.unreadable
+        self.train_size, self.val_size = len(train), len(val)
+        self.batch, self.steps_per_epoch = _batch_plan(recipe, len(train), world)
+        check_device_memory(train, world.device)
+        self.images, self.targets = train.images.to(world.device), train.targets.to(world.device)
+        self.mean, self.std = _statistics(view, world.device)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        recipe, world = self.recipe, self.world
+        order = torch.randperm(self.train_size, generator=stream(recipe.seed, "order", epoch))
+        share = self.batch // world.size
+        mine = slice(world.rank * share, (world.rank + 1) * share)
+        mixes = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
+        for step in range(start, self.steps_per_epoch):
+            index = order[step * self.batch : (step + 1) * self.batch]
+            draws = draw(self.batch, recipe.augment, stream(recipe.seed, "augment", epoch, step))
+            own = draws.rows(mine)
+            images, targets = self._batch(index[mine], own)
+            if mixes:
+                partners, other = self._batch(index[own.partner], draws.rows(own.partner))
+                images, portion = mixed(images, partners, own.to(world.device))
+                targets = targets * portion[:, None] + other * (1 - portion[:, None])
+            yield images, targets
+
+    def _batch(self, index: Tensor, draws: Draw) -> tuple[Tensor, Tensor]:
+        device, size = self.world.device, self.view.input_size[1]
+        index = index.to(device, non_blocking=True)
+        images = augmented(self.images, index, size, self.recipe.augment, draws.to(device), self.mean, self.std)
+        return images, F.one_hot(self.targets[index], len(self.classes)).float()
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return validation_batches(self.val, self.view, self.world)
+
+
+class Streaming:
+    """timm's data sets and loaders with worker processes."""
+
+    def __init__(self, recipe: Recipe, view: View, world: World) -> None:
+        data = recipe.data
+        self.recipe, self.view, self.world = recipe, view, world
+        known = inspect.signature(timm.data.create_loader).parameters
+        for key in data.loader:
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise UserError(f"data.loader.{key}: timm.data.create_loader takes no such argument{hint}")
+        self.train = self._open(True, data.train_split)
+        self.val = self._open(False, data.val_split)
+        self.classes = self.train_classes
+        self.unreadable: list[str] = []  # timm's readers warn of each image they skip
+        self.train_size, self.val_size = len(self.train), len(self.val)
+        self.batch, self.steps_per_epoch = _batch_plan(recipe, self.train_size, world)
+
+    def _open(self, training: bool, split: str) -> Dataset:
+        data, channels = self.recipe.data, self.view.input_size[0]
+        mode = {"input_img_mode": "L" if channels == 1 else "RGB"}
+        if data.source == "digits":
+            raise UserError("data: digits is small; set data.pipeline to resident")
+        if not data.source.startswith(TIMM_SCHEMES):
+            source = open_source(data.source, training)
+            if training:
+                self.train_classes = source.classes
+            elif source.classes != self.train_classes:
+                raise _other_classes(self.train_classes, source.classes, data.source)
+            return timm.data.create_dataset("", root=str(source.root), **mode)
+        batch = self.recipe.batch_size // self.world.size
+        options = {"is_training": training, "batch_size": batch, "seed": self.recipe.seed, **mode}
+        dataset = timm_dataset(data.source, training, split, data.root, **options)
+        if training:
+            count = self.recipe.model_args.get("num_classes")
+            names = getattr(getattr(dataset, "dataset", dataset), "classes", None)
+            if count is None and names is None:
+                raise UserError(f"{data.source} does not say how many classes it has; set model_args.num_classes")
+            self.train_classes = list(names) if names else [str(i) for i in range(count)]
+        return dataset
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        recipe, world = self.recipe, self.world
+        # The loader takes its order and its workers' seeds from here, so that resuming repeats the epoch's stream.
+        seed = stream(recipe.seed, "loader", epoch, world.rank).initial_seed()
+        torch.manual_seed(seed)
+        part = self.train
+        if isinstance(part, IterableDataset):  # its reader shards and shuffles by itself
+            part.set_epoch(epoch)
+        else:
+            order = torch.randperm(self.train_size, generator=stream(recipe.seed, "order", epoch))
+            part = _Part(part, order[world.rank : self.steps_per_epoch * self.batch : world.size].tolist())
+        options: dict[str, Any] = {"hflip": 0.5 if recipe.augment.flip else 0.0}
+        if recipe.augment.crop_scale is not None:
+            options["scale"] = recipe.augment.crop_scale
+        loader = self._loader(part, self.batch // world.size, True, {**options, **recipe.data.loader})
+        batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), start, self.steps_per_epoch)
+        mixes = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
+        for step, (images, targets) in enumerate(batches, start):
+            images = images.to(world.device, non_blocking=True)
+            targets = F.one_hot(targets.to(world.device), len(self.classes)).float()
+            if mixes:
+                draws = draw(len(images), recipe.augment, stream(recipe.seed, "augment", epoch, step, world.rank))
+                draws = draws.to(world.device)
+                images, portion = mixed(images, images[draws.partner], draws)
+                targets = targets * portion[:, None] + targets[draws.partner] * (1 - portion[:, None])
+            yield images, targets
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        part = self.val
+        if not isinstance(part, IterableDataset):
+            part = _Part(part, list(range(self.world.rank, self.val_size, self.world.size)))
+        for images, targets in self._loader(part, EVAL_BATCH, False, {}):
+            yield images.to(self.world.device), targets.to(self.world.device)
+
+    def _loader(self, dataset: Dataset, batch: int, training: bool, options: dict[str, Any]) -> Iterable:
+        view = self.view
+        settings = {
+            "interpolation": view.interpolation,
+            "mean": view.mean,
+            "std": view.std,
+            "crop_pct": view.crop_pct,
+            "crop_mode": view.crop_mode,
+            "num_workers": self.recipe.data.workers,
+            "use_prefetcher": self.world.device.type == "cuda",
+            "pin_memory": self.world.device.type == "cuda",
+            "device": self.world.device,
+            "persistent_workers": False,
+        }
+        return timm.data.create_loader(dataset, view.input_size, batch, training, **{**settings, **options})
+
+
+class _Part(Subset):
+    """A subset that hands the transform timm's loader sets on to its data set."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "transform":
+            self.dataset.transform = value
+        else:
+            super().__setattr__(name, value)
+
+
+def _statistics(view: View, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(view.mean, device=device), torch.tensor(view.std, device=device)
+
+
+def _batch_plan(recipe: Recipe, images: int, world: World) -> tuple[int, int]:
+    """Global batch size and steps of an epoch; the images that fill no whole batch wait for another epoch's order."""
+    if recipe.batch_size % (world.size * recipe.accumulate):
+        raise UserError(
+            f"batch_size {recipe.batch_size} cannot be split over {world.size} processes "
+            f"with accumulate {recipe.accumulate}"
+        )
+    if images < recipe.batch_size:
+        raise UserError(f"batch_size {recipe.batch_size} is more than the {images} training images")
+    return recipe.batch_size, images // recipe.batch_size
+
+
+def _other_classes(train: list[str], val: list[str], source: str) -> UserError:
+    differing = sorted(set(train) ^ set(val))
+    return UserError(f"{source}: training and validation have different classes, such as {', '.join(differing[:3])}")
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    """Held-out images are stored like training images; validation sees them whole at the net's input size."""
+    resized = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True, align_corners=False)
+    return resized.round().clamp(0, 255).to(torch.uint8)

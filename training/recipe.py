@@ -1,0 +1,289 @@
+"""A recipe is one whole experiment as data: YAML, checked against this schema before anything runs."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import timm
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from risotto_zoo.errors import UserError, did_you_mean
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(Section):
+    source: str = Field(
+        "digits", description="'digits', a folder with train and val (or test) sub-folders, or a timm data set string"
+    )
+    root: str | None = Field(None, description="where a timm data set string finds its files")
+    train_split: str = Field("train", description="split of a timm data set string to train on")
+    val_split: str = Field("validation", description="split of a timm data set string to validate on")
+    pipeline: Literal["resident", "streaming"] = Field(
+        "resident", description="'resident' holds the set in memory, 'streaming' reads it with timm's loaders"
+    )
+    image_size: Count | None = Field(None, description="side of the images the net sees; the model's own if null")
+    stored_size: Count | None = Field(None, description="resident: side of the training images in memory, for crops")
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of the resized image that validation crops; the model's own if null"
+    )
+    train_images: Count | None = Field(None, description="use a fixed random subset of this many training images")
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="validate on this share of the training set instead of the validation split (for tuning)"
+    )
+    workers: Annotated[int, Field(ge=0)] = Field(4, description="streaming: loader processes of each rank")
+    loader: dict[str, Any] = Field({}, description="streaming: further arguments of timm.data.create_loader")
+
+
+class Augment(Section):
+    flip: bool = Field(True, description="mirror half of the images")
+    shift: Annotated[int, Field(ge=0)] = Field(0, description="resident: shift by up to this many pixels, reflected")
+    crop_scale: tuple[float, float] | None = Field(
+        None, description="random resized crop: smallest and largest share of the area"
+    )
+    cutout: Annotated[int, Field(ge=0)] = Field(0, description="resident: side of a square set to the mean colour")
+    mixup: Amount = Field(0.0, description="alpha of mixup's Beta distribution; 0 for none")
+    cutmix: Amount = Field(0.0, description="alpha of cutmix's Beta distribution; 0 for none")
+
+    @field_validator("crop_scale", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("must be two shares, 0 < smallest <= largest <= 1")
+        return value
+
+
+class Optimizer(Section):
+    name: str = Field("sgd", description="'sgd' (Nesterov), 'adamw', 'muon', or any other name of timm.optim")
+    lr: Rate = Field(0.05, description="learning rate (of the convolution kernels, for muon)")
+    other_lr: Rate | None = Field(
+        None, description="learning rate of stem, head, biases and norms; muon updates them by AdamW. lr if null"
+    )
+    alpha_lr: Rate | None = Field(None, description="learning rate of the alphas; other_lr if null")
+    weight_decay: Amount = Field(0.0, description="on kernels and matrices only, never on one-dimensional parameters")
+    momentum: Share = Field(0.9, description="momentum, where the optimizer has one")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="factor on the learning rate from each layer to the one before (fine-tuning)"
+    )
+    options: dict[str, Any] = Field({}, description="further arguments of the optimizer")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        known = timm.optim.list_optimizers()
+        if value not in known:
+            raise ValueError(f"unknown optimizer {value!r}{did_you_mean(value, known)}")
+        return value
+
+
+class Clip(Section):
+    mode: Literal["norm", "value", "agc"] = Field("norm", description="what is limited: the norm, each value, or AGC")
+    value: Rate = Field(description="the limit")
+
+
+class Recipe(Section):
+    model: str = Field("risotto_resnet20", description="name of a timm model")
+    model_args: dict[str, Any] = Field({}, description="keyword arguments of timm.create_model, such as init and alpha")
+    init_from: str | None = Field(
+        None, description="start from a checkpoint: a model name with weights, local-dir:FOLDER or hf-hub:ORG/NAME"
+    )
+    freeze: Annotated[int, Field(ge=0, le=5)] = Field(
+        0, description="fine-tuning: parts that stay as they are: 1 the stem, 2 the first stage too, ..."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="fixes weights, order and augmentation")
+    epochs: Count = Field(20, description="passes over the training set")
+    batch_size: Count = Field(128, description="images of one optimizer step, over all processes and accumulations")
+    accumulate: Count = Field(1, description="parts that the batch of each process is worked through in")
+    data: Data = Data()
+    augment: Augment = Augment()
+    optimizer: Optimizer = Optimizer()
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    warmup_epochs: Amount = Field(0.0, description="linear rise of the learning rate from 0, in epochs")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="weight of the uniform distribution")
+    ema_decay: Decay | None = Field(None, description="keep a moving average of the weights, with this decay")
+    clip: Clip | None = Field(None, description="gradient clipping")
+    weight_standardization: bool = Field(
+        False, description="train centred and scaled kernels with a gain per channel; folded away on export"
+    )
+    amp: Literal["bfloat16", "float16"] | None = Field(None, description="autocast dtype of the training steps")
+    channels_last: bool = Field(False, description="memory format")
+    compile: bool = Field(False, description="torch.compile the training step's model")
+    tf32: bool = Field(True, description="TensorFloat-32 matrix products while training on CUDA")
+    sync_bn: bool = Field(False, description="synchronize batch norm over processes")
+    save_minutes: Rate = Field(10.0, description="save the state this often, besides at the end of each epoch")
+    resume: Literal["auto", "never"] = Field("auto", description="go on with an unfinished run found in the output")
+    log_every: Count = Field(50, description="steps between two log lines where there is no terminal")
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        problems = [
+            (self.batch_size % self.accumulate, f"batch_size {self.batch_size} is no multiple of accumulate"),
+            (self.warmup_epochs >= self.epochs, f"warmup_epochs {self.warmup_epochs} leaves nothing of the epochs"),
+            (self.batch_size < 2 and (self.augment.mixup or self.augment.cutmix), "mixup and cutmix need two images"),
+            (
+                self.model_args.get("num_classes") == 1 and (self.augment.mixup or self.augment.cutmix),
+                "augment: mixup and cutmix have nothing to mix with one class",
+            ),
+            (
+                self.optimizer.layer_decay is not None
+                and (self.optimizer.other_lr is not None or self.optimizer.alpha_lr is not None),
+                "optimizer: layer_decay sets the learning rate of every layer; leave other_lr and alpha_lr out",
+            ),
+            (self.freeze and self.init_from is None, "freeze without init_from would freeze random weights"),
+            (
+                self.data.pipeline == "streaming" and (self.augment.shift or self.augment.cutout),
+                "augment: shift and cutout belong to the resident pipeline; data.loader takes re_prob for streaming",
+            ),
+            (
+                self.data.pipeline == "streaming" and (self.data.holdout or self.data.train_images),
+                "data: holdout and train_images belong to the resident pipeline",
+            ),
+            (
+                self.data.stored_size is not None
+                and self.data.image_size is not None
+                and self.data.stored_size < self.data.image_size,
+                "data: stored_size is smaller than image_size",
+            ),
+            (
+                self.data.stored_size is not None and self.augment.crop_scale is None,
+                "data: stored_size has no effect without augment.crop_scale",
+            ),
+        ]
+        for wrong, message in problems:
+            if wrong:
+                raise ValueError(message)
+        return self
+
+
+def load_recipe(name_or_file: str, settings: list[str] | None = None) -> Recipe:
+    """Read a recipe by its shipped name or its file, with `base:` resolved and `key.sub=value` settings applied.
+
+    Raises:
+        UserError: For an unknown recipe, unreadable YAML, or keys and values the schema refuses; the message names
+            the file, the key and the nearest valid one.
+    """
+    path = _recipe_path(name_or_file)
+    values = _read_with_base(path, seen=())
+    for setting in settings or []:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write it as key=value, such as --set optimizer.lr=0.01")
+        try:
+            _assign(values, key.split("."), yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
+    return validate(values, str(path))
+
+
+def validate(values: dict[str, Any], source: str) -> Recipe:
+    """Check plain values against the schema; `source` is named in the UserError if they do not fit."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error.errors()[0])}") from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every key written out, in the order of the schema."""
+    return yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _recipe_path(name_or_file: str) -> Path:
+    shipped = RECIPES / f"{name_or_file}.yaml"
+    path = shipped if shipped.is_file() else Path(name_or_file)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or "/" in name_or_file:
+        raise UserError(f"recipe {name_or_file}: there is no such file")
+    names = recipe_names()
+    raise UserError(f"unknown recipe {name_or_file!r}{did_you_mean(name_or_file, names)} (there is {', '.join(names)})")
+
+
+def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: base goes round in a circle")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a list of keys and values, such as 'epochs: 20'")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or not (path.parent / base).is_file():
+        raise UserError(f"{path}: base {base!r} is no file beside it")
+    return _merged(_read_with_base(path.parent / base, (*seen, path.resolve())), values)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _explain(error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    kind, given = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        known = _known_keys(Recipe)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return f"unknown key {key!r}; the nearest is {near[0]!r}"
+    if kind == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, not {given!r}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        nested = section_of(field.annotation)
+        if nested is not None:
+            keys += _known_keys(nested, f"{prefix}{name}.")
+    return keys
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The nested section of a field's type, through `| None`; None if the field is a plain value."""
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None

@@ -1,0 +1,146 @@
+"""What a run leaves behind, besides its weights: metrics.csv, curves.png, results.json, recipe.yaml."""
+
+import csv
+import io
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import risotto_zoo
+from risotto_zoo.errors import UserError
+from risotto_zoo.files import write_atomically
+
+from .recipe import Recipe, dump
+
+
+def claim(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+    """Make sure that `folder` is free for this recipe, or holds an unfinished run of it.
+
+    Raises:
+        UserError: If it is used and neither may be overwritten nor resumed, or cannot be written.
+    """
+    if folder.is_file():
+        raise UserError(f"output {folder} is a file; name a folder with --output")
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and overwrite:
+        _clear(folder)
+    elif used:
+        results = _json(folder / "results.json")
+        if not (folder / "recipe.yaml").is_file():
+            raise UserError(f"output folder {folder} is not empty and holds no run; choose another with --output")
+        if results is not None and results.get("finished"):
+            raise UserError(f"{folder} holds a finished run; pass --overwrite to replace it, or another --output")
+        if not resume:
+            raise UserError(f"{folder} holds an unfinished run; pass --resume to go on or --overwrite to start again")
+        theirs = _without_comments(folder / "recipe.yaml")
+        if theirs != _without_comments_text(dump(recipe)):
+            raise UserError(f"{folder} holds an unfinished run of another recipe; pass --overwrite or another --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "recipe.yaml", f"{_versions()}{dump(recipe)}".encode())
+    except OSError as error:
+        raise UserError(f"output folder {folder} cannot be written: {error.strerror}") from None
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of an earlier run and nothing else."""
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} holds no run; --overwrite only replaces runs. Choose another --output")
+    try:
+        for name in ("state", "tensorboard"):
+            for path in (folder / name).glob("*"):
+                path.unlink()
+        for path in folder.glob("*"):
+            if path.suffix in (".json", ".csv", ".png", ".yaml", ".safetensors"):
+                path.unlink()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be cleared: {error.strerror}") from None
+
+
+def _versions() -> str:
+    packages = {
+        "risotto-zoo": risotto_zoo.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "huggingface-hub": huggingface_hub.__version__,
+    }
+    return "".join(f"# {name} {version}\n" for name, version in packages.items())
+
+
+def _without_comments(path: Path) -> list[str]:
+    return _without_comments_text(path.read_text(encoding="utf-8"))
+
+
+def _without_comments_text(text: str) -> list[str]:
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """What the run ran on, such as '1 x NVIDIA H200' or '2 threads of AMD EPYC'."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return f"{processes * torch.get_num_threads()} threads of {name}"
+
+
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    """metrics.csv, one row an epoch."""
+    if not history:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(folder / "metrics.csv", text.getvalue().encode())
+
+
+def write_curves(folder: Path, history: list[dict[str, Any]], title: str) -> None:
+    """curves.png: loss and accuracy of training and validation by epoch."""
+    if not history:
+        return
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, accuracy = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) < 3 else None
+    loss.plot(epochs, [row["train_loss"] for row in history], label="training", marker=marker)
+    loss.plot(epochs, [row["val_loss"] for row in history], label="validation", marker=marker)
+    accuracy.plot(epochs, [100 * row["train_top1"] for row in history], label="training", marker=marker)
+    accuracy.plot(epochs, [100 * row["val_top1"] for row in history], label="validation", marker=marker)
+    if "ema_top1" in history[0]:
+        accuracy.plot(epochs, [100 * row["ema_top1"] for row in history], label="validation, EMA", marker=marker)
+    loss.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
+    accuracy.set(xlabel="epoch", ylabel="top-1 (%)", title="Accuracy")
+    for axis in (loss, accuracy):
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(folder / "curves.png", buffer.getvalue())
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    write_atomically(folder / "results.json", (json.dumps(results, indent=2) + "\n").encode())

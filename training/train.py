@@ -1,0 +1,56 @@
+"""Train a model from a recipe: python -m training.train --recipe digits"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from risotto_zoo.errors import exits_cleanly
+
+from .distributed import join_world, leave_world
+from .engine import DIVERGED, Diverged, Stopped, train
+from .recipe import load_recipe, recipe_names
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train",
+        description="Train a model from a recipe. Under torchrun, on as many processes as it starts.",
+        epilog=f"shipped recipes: {', '.join(recipe_names())}",
+    )
+    parser.add_argument("--recipe", default="digits", help="name of a shipped recipe, or a YAML file (default: digits)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key, e.g. --set optimizer.lr=0.01"
+    )
+    parser.add_argument("--output", type=Path, help="run folder (default: runs/RECIPE)")
+    parser.add_argument(
+        "--init-from", metavar="MODEL", help="fine-tune: a model name, local-dir:FOLDER or hf-hub:ORG/NAME"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in the output folder")
+    return parser.parse_args()
+
+
+@exits_cleanly
+def main() -> int:
+    args = _arguments()
+    settings = args.set + ([f"init_from={args.init_from}"] if args.init_from else [])
+    recipe = load_recipe(args.recipe, settings)
+    output = args.output or Path("runs") / Path(args.recipe).stem
+    try:
+        train(recipe, output, join_world(args.device), args.overwrite, args.resume)
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return DIVERGED
+    except Stopped as stopped:
+        number = int(stopped.args[0])
+        print(f"stopped by {signal.Signals(number).name}; the same command goes on from here", file=sys.stderr)
+        return 128 + number
+    finally:
+        leave_world()
+    return 0
+
+
+if __name__ == "__main__":
+    main()
