@@ -18,7 +18,7 @@ def signal(features: Tensor) -> Tensor:
 
 
 def signal_map(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The map whose isometry is claimed: images, shape (B, C, H, W), to the signal of the last feature map, flat (B, D).
+    """The map whose isometry is claimed: images (B, C, H, W) to the signal of the last feature map, flat (B, D).
 
     Works on anything with timm's `forward_features`, and on torchvision's ResNet.
     """

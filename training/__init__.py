@@ -1,1 +1,1 @@
-"""Programs that use the library: training, evaluation, benchmarks. Run from a checkout with `python -m training.NAME`."""
+"""Programs that use the library: train, evaluate, benchmark. Run from a checkout with `python -m training.NAME`."""

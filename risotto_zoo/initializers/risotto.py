@@ -4,6 +4,7 @@ The method (looks-linear orthogonal layers, a skip or branch that makes up the d
 paper's. The constructions for identity skips are this project's; the one for bottlenecks goes beyond the paper.
 """
 
+import itertools
 import math
 
 import torch
@@ -53,7 +54,7 @@ def projection_block(widths: list[int], alpha: float, generator: Rng = None) -> 
         The W_i, each of shape (widths[i + 1], widths[i]), and W_skip of shape (widths[-1], widths[0]).
     """
     pairs = [w // 2 for w in widths]
-    us = [semi_orthogonal(rows, cols, generator) for cols, rows in zip(pairs[:-1], pairs[1:], strict=True)]
+    us = [semi_orthogonal(rows, cols, generator) for cols, rows in itertools.pairwise(pairs)]
     m = semi_orthogonal(pairs[-1], pairs[0], generator)
     product = us[0]
     for u in us[1:]:
