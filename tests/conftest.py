@@ -1,0 +1,74 @@
+"""Shared by the tests: options, skips with their reasons, a small real image folder, and commands run in process."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import risotto_zoo  # noqa: F401  registers the models
+
+REPOSITORY = Path(__file__).parent.parent
+CIFAR = REPOSITORY / ".data" / "cifar10-jpeg"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "data" in item.keywords and not CIFAR.is_dir():
+            item.add_marker(pytest.mark.skip(reason=f"{CIFAR} is not there; see the README's section on data"))
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("RISOTTO_ZOO_CACHE", str(tmp_path / "cache"))
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capsys, monkeypatch) -> Callable[..., Result]:
+    """Run a command's main in this process: exit code, standard output and error."""
+
+    def run(main: Callable[[], None], *args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Result(stop.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory) -> Path:
+    """Crops of scikit-learn's two sample photos as an image folder: train and val, two classes, 24 and 8 images."""
+    root = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(0)
+    for name, photo in zip(("church", "flower"), load_sample_images().images, strict=True):
+        for split, count in (("train", 24), ("val", 8)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                top, left = draw.integers(0, photo.shape[0] - 64), draw.integers(0, photo.shape[1] - 64)
+                crop = Image.fromarray(photo[top : top + 64, left : left + 64])
+                crop.resize((40, 40)).save(folder / f"{i:03}.jpg", quality=90)
+    return root

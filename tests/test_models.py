@@ -1,0 +1,209 @@
+"""The models are timm models: everything timm's users and tools rely on works for each of them."""
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import group_parameters
+
+NAMES = timm.list_models("risotto_*")
+SMALL = ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet20_bn", "risotto_resnet18", "risotto_resnet18_bn"]
+SMALL += ["risotto_resnet50", "risotto_resnet18_cifar_c", "risotto_resnet50_cifar"]
+IMAGENET = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
+CIFAR = [f"resnet{depth}" for depth in (20, 32, 44, 56, 110)] + ["resnet18_cifar", "resnet50_cifar"]
+
+
+def images(model, batch=2, size=None):
+    channels, side, _ = model.default_cfg["input_size"]
+    side = size or (64 if side > 32 else 16)
+    return torch.randn(batch, channels, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_names():
+    assert set(NAMES) == {f"risotto_{net}{suffix}" for net in IMAGENET + CIFAR for suffix in ("", "_c", "_bn")}
+    assert timm.list_models(module="variants") == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_cfg_describes_the_model(name):
+    model = timm.create_model(name, device="meta")
+    cfg = model.default_cfg
+    assert cfg["architecture"] == name
+    assert model.get_submodule(cfg["classifier"]).out_features == cfg["num_classes"] == model.num_classes
+    assert model.get_submodule(cfg["first_conv"]).in_channels == cfg["input_size"][0]
+    reduction = model.feature_info[-1]["reduction"]
+    assert cfg["pool_size"] == tuple(side // reduction for side in cfg["input_size"][1:])
+    with torch.no_grad():
+        features = model.eval().forward_features(torch.empty(1, *cfg["input_size"], device="meta"))
+    assert features.shape == (1, model.num_features, *cfg["pool_size"])
+    assert resolve_data_config(model=model)["input_size"] == cfg["input_size"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shapes_parameters_and_norms(name):
+    model = timm.create_model(name, device="meta")
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    alphas = [key for key, _ in model.named_parameters() if key.endswith("alpha")]
+    blocks = sum(len(getattr(model, f"layer{i}")) for i in range(1, 5))
+    projections = [key for key, _ in model.named_parameters() if "downsample.0.weight" in key]
+    if name.endswith("_bn"):
+        assert norms and not alphas and model.conv1.bias is None
+    else:
+        assert not norms and len(alphas) == blocks and model.conv1.bias is not None
+        assert not any(isinstance(m, torch.nn.MaxPool2d) for m in model.modules())
+    if name.endswith("_c"):
+        assert len(projections) == blocks
+
+
+@pytest.mark.parametrize("name", [f"risotto_{net}_bn" for net in IMAGENET])
+def test_bn_weights_load_into_plain_timm(name):
+    theirs = timm.create_model(name.removeprefix("risotto_").removesuffix("_bn"))
+    model = timm.create_model(name).eval()
+    assert list(theirs.state_dict()) == list(model.state_dict())
+    theirs.load_state_dict(model.state_dict())
+    x = images(model, 1)
+    assert torch.equal(theirs.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_forward_and_backward_reach_every_parameter(name):
+    model = timm.create_model(name, num_classes=7).train()
+    out = model(images(model, 4))
+    assert out.shape == (4, 7) and out.isfinite().all()
+    out.square().mean().backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_in_every_form_agree(name):
+    model = timm.create_model(name, seed=0).eval()
+    x = images(model)
+    features, maps = model.forward_intermediates(x)
+    assert torch.equal(features, model.forward_features(x))
+    assert torch.equal(maps[-1], features)
+    assert len(model.forward_intermediates(x, indices=2, intermediates_only=True)) == 2
+    (second,) = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    assert torch.equal(second, maps[1])
+
+    backbone = timm.create_model(name, seed=0, features_only=True).eval()
+    listed = backbone(x)
+    assert len(listed) == len(maps)
+    for ours, theirs, channels, reduction in zip(
+        maps, listed, backbone.feature_info.channels(), backbone.feature_info.reduction(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+        assert ours.shape == (2, channels, x.shape[2] // reduction, x.shape[3] // reduction)
+    chosen = timm.create_model(name, seed=0, features_only=True, out_indices=(1, -1)).eval()(x)
+    assert torch.equal(chosen[0], maps[1]) and torch.equal(chosen[1], maps[-1])
+    getter = timm.create_model(name, seed=0, features_only=True, feature_cls="getter", out_indices=(1, 2)).eval()
+    assert torch.equal(getter(x)[1], maps[2])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_head(name):
+    model = timm.create_model(name, seed=0).eval()
+    x = images(model)
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.num_features) and torch.equal(model.fc(pooled), model(x))
+    model.reset_classifier(0)
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(17)
+    assert model(x).shape == (2, 17)
+    gram = model.fc.weight @ model.fc.weight.T / 2  # [U, -U] with orthonormal rows
+    torch.testing.assert_close(gram, torch.eye(17), atol=1e-5, rtol=0)
+    model.reset_classifier(5, "catavgmax")
+    assert model(x).shape == (2, 5)
+    assert timm.create_model(name, num_classes=0, global_pool="")(x).shape == features.shape
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradient_checkpointing_changes_nothing(name):
+    model = timm.create_model(name, seed=0).double().train()
+    if name.endswith("_bn"):
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 0.0  # recomputing would count a batch twice
+    x = images(model).double()
+    model(x).square().sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).square().sum().backward()
+    for before, parameter in zip(plain, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, before)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_groups_order_stem_stages_head(name):
+    model = timm.create_model(name)
+    groups = group_parameters(model, model.group_matcher(coarse=True))
+    stages = sum(1 for i in range(1, 5) if len(getattr(model, f"layer{i}")))
+    assert sorted(groups) == list(range(stages + 2))
+    assert all(key.startswith(("conv1", "bn1", "maxpool")) for key in groups[0])
+    assert all(key.startswith("fc") for key in groups[stages + 1])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", SMALL)
+def test_torchscript_and_fx(name):
+    model = timm.create_model(name, scriptable=True).eval()
+    x = images(model)
+    expected = model(x)
+    assert torch.equal(torch.jit.script(model)(x), expected)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), expected)
+    traced.train()(x).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet50"])
+def test_compile_and_export(name):
+    model = timm.create_model(name).eval()
+    x = images(model)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_channels_last_and_autocast(name):
+    model = timm.create_model(name, seed=0).eval()
+    x = images(model)
+    expected = model(x)
+    last = model.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, expected, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet50"])
+def test_options_reach_the_net(name):
+    model = timm.create_model(
+        name, init="he", alpha=0.5, seed=0, num_classes=10, in_chans=1, drop_path_rate=0.1, drop_rate=0.2
+    )
+    assert model.conv1.in_channels == 1 and model.fc.out_features == 10 and model.drop_rate == 0.2
+    assert all(p == 0.5 for key, p in model.named_parameters() if key.endswith("alpha"))
+    assert any(getattr(m, "drop_prob", 0) for m in model.modules())
+    assert timm.create_model(name, dtype=torch.bfloat16).conv1.weight.dtype == torch.bfloat16
+
+
+def test_output_stride_dilates():
+    model = timm.create_model("risotto_resnet18", output_stride=8, features_only=True)
+    assert model.feature_info.reduction() == [2, 4, 8, 8, 8]
+    assert model(torch.randn(1, 3, 64, 64))[-1].shape[-1] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "risoto"}, "did you mean 'risotto'"),
+        ({"norm": "layer"}, "norm must be one of"),
+        ({"skip": "none"}, "skip must be one of"),
+        ({"alpha": 0.0}, "alpha=0"),
+    ],
+)
+def test_wrong_options_say_what_is_right(options, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("risotto_resnet20", **options)

@@ -1,0 +1,227 @@
+"""RISOTTO is what it claims: every non-zero singular value of the signal Jacobian is 1."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from risotto_zoo.initializers import he_, risotto_
+from risotto_zoo.isometry import probed_singular_values, signal_by_block, signal_map, singular_values
+from risotto_zoo.models import BasicBlock, Bottleneck, RisottoResNet
+
+NAMES = timm.list_models("risotto_*")
+WITHOUT_NORM = [name for name in NAMES if not name.endswith("_bn")]
+
+
+def spectrum(model, image):
+    """Singular values and the number that must not be zero: input channels times pixels of the last map."""
+    values = singular_values(signal_map(model.eval()), image)
+    reduction = model.feature_info[-1]["reduction"]
+    pixels = -(-image.shape[-2] // reduction) * -(-image.shape[-1] // reduction)
+    rank = min(image.shape[0], model.conv1.out_channels // 2) * pixels
+    return values, rank
+
+
+def assert_isometric(model, image, tolerance):
+    values, rank = spectrum(model, image)
+    torch.testing.assert_close(values[:rank], torch.ones(rank, dtype=values.dtype), atol=tolerance, rtol=0)
+    assert (values[rank:] <= tolerance).all()
+
+
+@pytest.mark.parametrize("name", WITHOUT_NORM)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_every_model_without_norm_is_isometric(name, dtype, tolerance):
+    model = timm.create_model(name, seed=0, dtype=dtype)
+    size = model.feature_info[-1]["reduction"] * (2 if model.num_features == 64 else 1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        image = torch.randn(3, size, size, dtype=dtype, generator=generator)
+        assert_isometric(model, image, tolerance)
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet50_cifar"])
+@pytest.mark.parametrize(
+    "options",
+    [{"in_chans": 1}, {"in_chans": 12}, {"num_classes": 17}, {"num_classes": 500}, {"alpha": 0.5}, {"alpha": -2.0}],
+)
+def test_odd_cases_are_isometric(name, options):
+    model = timm.create_model(name, seed=0, dtype=torch.float64, **options)
+    generator = torch.Generator().manual_seed(2)
+    image = torch.randn(options.get("in_chans", 3), 12, 8, dtype=torch.float64, generator=generator)
+    assert_isometric(model, image, 1e-10)
+
+
+@pytest.mark.parametrize("skip", ["identity", "projection"])
+@pytest.mark.parametrize(("block", "width"), [(BasicBlock, 16), (Bottleneck, 16)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_a_thousand_blocks_are_isometric(skip, block, width, dtype, tolerance):
+    model = RisottoResNet(block, (1000,), (width,), stem="cifar", skip=skip, num_classes=2, seed=0, dtype=dtype)
+    image = torch.randn(3, 2, 2, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    assert_isometric(model, image, tolerance)
+
+
+def test_alpha_zero_keeps_projection_skips_isometric():
+    model = timm.create_model("risotto_resnet20_c", seed=0, alpha=0.0, dtype=torch.float64)
+    assert_isometric(model, torch.randn(3, 8, 8, dtype=torch.float64), 1e-10)
+
+
+def test_probes_agree_with_the_exact_values_and_stay_within_them():
+    image = torch.randn(3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact_one = probed_singular_values(signal_map(timm.create_model("risotto_resnet20", dtype=torch.float64)), image)
+    torch.testing.assert_close(exact_one, torch.ones_like(exact_one), atol=1e-10, rtol=0)
+
+    he = signal_map(timm.create_model("risotto_resnet20", init="he", seed=0, dtype=torch.float64).eval())
+    small = image[:, :8, :8]
+    exact, probed = singular_values(he, small), probed_singular_values(he, small, probes=8)
+    assert exact[0] * (1 + 1e-9) >= probed[0] and probed[-1] >= exact[exact > 1e-12][-1]
+    assert probed[0] > 0.5 * exact[0]
+
+
+def test_exact_singular_values_agree_with_a_dense_jacobian():
+    model = timm.create_model("risotto_resnet20", init="he", seed=0, dtype=torch.float64).eval()
+    function, image = signal_map(model), torch.randn(3, 8, 8, dtype=torch.float64)
+    dense = torch.autograd.functional.jacobian(lambda x: function(x[None])[0], image).flatten(1)
+    torch.testing.assert_close(singular_values(function, image, chunk=50), torch.linalg.svdvals(dense))
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet56_c"])
+def test_he_is_orders_of_magnitude_off(name):
+    image = torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values = singular_values(signal_map(timm.create_model(name, init="he", seed=0, dtype=torch.float64)), image)
+    assert values[0] > 100 and values[0] / values[values > 0][-1] > 1e4
+
+
+def test_similarity_and_norm_are_constant_by_depth_and_he_makes_images_alike():
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    blocks = signal_by_block(timm.create_model("risotto_resnet56", seed=0, dtype=torch.float64), images)
+    for block in blocks:
+        assert block.similarity == pytest.approx(blocks[0].similarity, abs=1e-12)
+        assert block.norm == pytest.approx(blocks[0].norm, rel=1e-12)
+    he = signal_by_block(timm.create_model("risotto_resnet56", init="he", seed=0, dtype=torch.float64), images)
+    assert he[-1].similarity > 0.8 > he[0].similarity
+    with pytest.raises(ValueError, match="two images"):
+        signal_by_block(timm.create_model("risotto_resnet20"), torch.randn(1, 3, 32, 32))
+
+
+# --- the seed
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet50_c", "risotto_resnet18_bn"])
+def test_the_seed_fixes_the_weights(name):
+    first, again, other = (timm.create_model(name, seed=seed).state_dict() for seed in (5, 5, 6))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+    torch.manual_seed(9)
+    drawn = timm.create_model(name).state_dict()
+    torch.manual_seed(9)
+    assert all(torch.equal(value, drawn[key]) for key, value in timm.create_model(name).state_dict().items())
+
+
+@pytest.mark.gpu
+def test_the_device_does_not_change_the_weights():
+    on_gpu = timm.create_model("risotto_resnet50", seed=0, device="cuda").cpu().state_dict()
+    for key, value in timm.create_model("risotto_resnet50", seed=0).state_dict().items():
+        assert torch.equal(value, on_gpu[key])
+
+
+def test_weights_do_not_depend_on_dtype_but_for_rounding():
+    double, single = (timm.create_model("risotto_resnet20", seed=0, dtype=d) for d in (torch.float64, torch.float32))
+    for key, value in single.state_dict().items():
+        assert torch.equal(double.state_dict()[key].float(), value)
+
+
+# --- other people's ResNets
+
+
+def effective_spectrum(model, image):
+    """In evaluation mode fresh batch norm divides by sqrt(1 + eps); without eps it is the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0
+    model.maxpool = nn.Identity()  # a max pool is no isometry
+    values = singular_values(signal_map(model.double().eval()), image)
+    return values[values > 1e-8]
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_plain_resnets_of_timm_and_torchvision(library, depth):
+    name = f"resnet{depth}"
+    model = timm.create_model(name) if library == "timm" else getattr(torchvision.models, name)(weights=None)
+    assert risotto_(model, generator=torch.Generator().manual_seed(0)) is model
+    values = effective_spectrum(model, torch.randn(3, 16, 16, dtype=torch.float64))
+    assert len(values) == 3
+    torch.testing.assert_close(values, torch.ones_like(values), atol=1e-6, rtol=0)  # weights are float32
+    last = model.layer1[0].bn2 if depth < 50 else model.layer1[0].bn3
+    assert torch.equal(last.weight, torch.ones_like(last.weight)) and not last.bias.any()
+
+
+def test_alpha_of_a_net_with_batch_norm_is_the_last_gamma():
+    model = risotto_(timm.create_model("resnet18"), alpha=0.5)
+    assert torch.equal(model.layer2[0].bn2.weight, torch.full((128,), 0.5))
+    values = effective_spectrum(model, torch.randn(3, 16, 16, dtype=torch.float64))
+    torch.testing.assert_close(values, torch.ones_like(values), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"in_chans": 1},
+        {"num_classes": 17},
+        {"num_classes": 0},
+        {"global_pool": "catavgmax"},
+        {"output_stride": 8},
+        {"stem_type": "deep", "stem_width": 32},
+    ],
+)
+def test_options_of_timm_that_stay_exact(options):
+    model = risotto_(timm.create_model("resnet18", **options))
+    image = torch.randn(options.get("in_chans", 3), 16, 16, dtype=torch.float64)
+    values = effective_spectrum(model, image)
+    torch.testing.assert_close(values, torch.ones_like(values), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "named", "reason"),
+    [
+        (lambda: timm.create_model("resnext50_32x4d"), "layer1.0.conv2", "grouped"),
+        (lambda: timm.create_model("seresnet50"), "layer1.0.se", "attention"),
+        (lambda: timm.create_model("resnetaa50"), "maxpool", "stem"),
+        (lambda: timm.create_model("resnet50d"), "layer1.0.downsample", "averages"),
+        (lambda: timm.create_model("resnet50_gn"), "bn1", "GroupNorm"),
+        (lambda: timm.create_model("resnet18", act_layer="silu"), "act1", "SiLU"),
+        (lambda: timm.create_model("resnet18", channels=(63, 128, 256, 512)), "layer1.0", "even"),
+        (lambda: timm.create_model("mobilenetv3_small_050"), "MobileNetV3", "not a ResNet"),
+        (lambda: timm.create_model("vit_tiny_patch16_224"), "VisionTransformer", "not a ResNet"),
+        (lambda: timm.create_model("resnetv2_50"), "ResNetV2", "not a ResNet"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "Sequential", "not a ResNet"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused_and_left_alone(make, named, reason):
+    model = make()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=reason) as error:
+        risotto_(model)
+    assert named in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_impossible_alphas_and_generators_are_refused():
+    model = timm.create_model("risotto_resnet20")
+    before = model.state_dict()["conv1.weight"].clone()
+    with pytest.raises(ValueError, match=r"layer1\.0: alpha=0 with an identity skip"):
+        risotto_(model, alpha=0.0)
+    with pytest.raises(ValueError, match="not a finite number"):
+        risotto_(model, alpha=float("nan"))
+    with pytest.raises(ValueError, match="neither an alpha"):
+        risotto_(timm.create_model("resnet18", norm_layer=nn.Identity, zero_init_last=False), alpha=0.5)
+    assert torch.equal(model.conv1.weight, before)
+
+
+def test_he_has_the_variance_of_its_paper():
+    model = he_(timm.create_model("risotto_resnet18"), generator=torch.Generator().manual_seed(0))
+    for conv in (model.layer3[1].conv1, model.layer4[0].conv2):
+        fan_out = conv.out_channels * 9
+        assert conv.weight.var().item() == pytest.approx(2 / fan_out, rel=0.02)
+        assert not conv.bias.any()
