@@ -6,19 +6,21 @@ from typing import Any
 
 import safetensors.torch
 from timm.models import PretrainedCfg
-from torch import nn
+from torch import Tensor, nn
 
 from .files import sha256, write_atomically
 
 _SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag")
 
 
-def save_model(folder: Path, model: nn.Module, config: dict[str, Any], weights_name: str = "model.safetensors") -> str:
+def save_model(
+    folder: Path, state: dict[str, Tensor], config: dict[str, Any], weights_name: str = "model.safetensors"
+) -> str:
     """Write the weights and the configuration of a model, each atomically; returns the weights' sha256.
 
     Args:
         folder: Created if missing.
-        model: The weights to save, on any device.
+        state: State dict of the model, on any device.
         config: As `model_config` makes it.
         weights_name: The file of the weights.
 
@@ -26,7 +28,7 @@ def save_model(folder: Path, model: nn.Module, config: dict[str, Any], weights_n
         OSError: If the folder cannot be written; files that were there before stay whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     write_atomically(folder / weights_name, data)
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())

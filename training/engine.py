@@ -1,6 +1,5 @@
 """The training loop: from a recipe and an output folder to a trained model folder, whatever interrupts it."""
 
-import copy
 import math
 import signal
 import sys
@@ -28,7 +27,7 @@ from . import run_folder
 from .augment import stream
 from .data import View
 from .distributed import World
-from .optimization import build_optimizer, build_scheduler, fold, freeze, standardize
+from .optimization import build_optimizer, build_scheduler, folded_state, freeze, standardize
 from .pipelines import Pipeline, build_pipeline
 from .recipe import Recipe
 from .state import flatten_optimizer, load_state, prefixed, restore_optimizer, save_state, unprefixed
@@ -73,7 +72,7 @@ class Trainer:
     scheduler: Any
     scaler: torch.amp.GradScaler
     progress: Progress
-    started: float = field(default_factory=time.perf_counter)
+    parameters: int  # of the net itself, without training-time extras
 
     @property
     def config(self) -> dict[str, Any]:
@@ -136,6 +135,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
         model.reset_classifier(classes)
     if recipe.freeze:
         freeze(model, recipe.freeze)
+    parameters = sum(p.numel() for p in model.parameters())
     if recipe.weight_standardization:
         standardize(model)
     if recipe.sync_bn and world.size > 1:
@@ -154,6 +154,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
         scheduler=build_scheduler(optimizer, recipe, pipeline.steps_per_epoch),
         scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "float16"),
         progress=Progress(),
+        parameters=parameters,
     )
 
 
@@ -185,9 +186,8 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     last_save = last_curves = time.perf_counter()
     outcome = None
     if world.main:
-        count = sum(p.numel() for p in trainer.model.parameters())
         _say(
-            f"{recipe.model}, {count / 1e6:.2f} M parameters, on {run_folder.hardware(world.device, world.size)}: "
+            f"{recipe.model}, {trainer.parameters / 1e6:.2f} M parameters, on {run_folder.hardware(world.device, world.size)}: "
             f"{trainer.pipeline.train_size} training and {trainer.pipeline.val_size} validation images of "
             f"{len(trainer.pipeline.classes)} classes, {recipe.epochs} epochs of {steps} steps"
         )
@@ -373,15 +373,8 @@ def _export(trainer: Trainer) -> dict[str, str]:
         files["model_ema.safetensors"] = trainer.ema.module
     hashes = {}
     for name, model in files.items():
-        hashes[name] = save_model(trainer.output, _plain(model), trainer.config, name)
+        hashes[name] = save_model(trainer.output, folded_state(model), trainer.config, name)
     return hashes
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """A copy without training-time parametrizations."""
-    plain = copy.deepcopy(model)
-    fold(plain)
-    return plain
 
 
 def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -> dict[str, Any]:
@@ -402,7 +395,7 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -
         "train_seconds": progress.seconds,
         "train_images_per_second": progress.images / max(progress.seconds, 1e-9),
         "peak_memory_bytes": memory,
-        "parameters": sum(p.numel() for p in _plain(trainer.model).parameters()),
+        "parameters": trainer.parameters,
         "sha256": hashes,
     }
     if world.main:

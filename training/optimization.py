@@ -151,11 +151,14 @@ def standardize(model: nn.Module) -> None:
             parametrize.register_parametrization(module, "weight", ScaledStandardization(module.weight))
 
 
-def fold(model: nn.Module) -> None:
-    """Put the effective kernels in place of their parametrization: the net becomes a plain one, same outputs."""
-    for module in model.modules():
+@torch.no_grad()
+def folded_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain net that computes the same: effective kernels in place of their parametrizations."""
+    state = {key: value for key, value in model.state_dict().items() if ".parametrizations." not in key}
+    for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            state[f"{name}.weight"] = module.weight
+    return state
 
 
 def freeze(model: nn.Module, parts: int) -> None:

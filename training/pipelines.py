@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import timm.data
+import timm.utils
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -159,9 +160,6 @@ class Streaming:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         recipe, world = self.recipe, self.world
-        # The loader takes its order and its workers' seeds from here, so that resuming repeats the epoch's stream.
-        seed = stream(recipe.seed, "loader", epoch, world.rank).initial_seed()
-        torch.manual_seed(seed)
         part = self.train
         if isinstance(part, IterableDataset):  # its reader shards and shuffles by itself
             part.set_epoch(epoch)
@@ -172,9 +170,15 @@ class Streaming:
         if recipe.augment.crop_scale is not None:
             options["scale"] = recipe.augment.crop_scale
         loader = self._loader(part, self.batch // world.size, True, {**options, **recipe.data.loader})
-        batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), start, self.steps_per_epoch)
         mixes = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
-        for step, (images, targets) in enumerate(batches, start):
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))  # again, should a reader run short
+        for step in range(self.steps_per_epoch):
+            # Order, workers' seeds and, without workers, transforms draw from the global generators: as functions of
+            # the step they repeat the epoch's stream on resuming, which runs through the batches before `start`.
+            timm.utils.random_seed(stream(recipe.seed, "loader", epoch, step, world.rank).initial_seed() % 2**32)
+            images, targets = next(batches)
+            if step < start:
+                continue
             images = images.to(world.device, non_blocking=True)
             targets = F.one_hot(targets.to(world.device), len(self.classes)).float()
             if mixes:

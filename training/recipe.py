@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -187,7 +188,7 @@ def load_recipe(name_or_file: str, settings: list[str] | None = None) -> Recipe:
         if not equals:
             raise UserError(f"--set {setting}: write it as key=value, such as --set optimizer.lr=0.01")
         try:
-            _assign(values, key.split("."), yaml.safe_load(text))
+            _assign(values, key.split("."), _parse(text))
         except yaml.YAMLError:
             raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
     return validate(values, str(path))
@@ -210,6 +211,19 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; everyone who writes it means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def _recipe_path(name_or_file: str) -> Path:
     shipped = RECIPES / f"{name_or_file}.yaml"
     path = shipped if shipped.is_file() else Path(name_or_file)
@@ -225,7 +239,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: base goes round in a circle")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -1,0 +1,395 @@
+"""Training end to end: what a run leaves, that it is reproducible, and that nothing interrupts it for good."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+
+from risotto_zoo.evaluation import wilson_interval
+from training import evaluate, train
+from training.recipe import load_recipe
+
+REPOSITORY = Path(__file__).parent.parent
+# A net of 9 blocks on 8-pixel digits: an epoch of 11 steps takes about a second.
+TINY = ["--set", "epochs=2", "--set", "data.image_size=8", "--set", "batch_size=128", "--set", "warmup_epochs=0.5"]
+
+
+def start(*args, env=None, **kwargs):
+    """The command as its own process, alone on one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, "-m", "training.train", *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def weights(folder):
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(autouse=True)
+def _default_handlers():
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the digits recipe, shortened to three epochs."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    process = start("--recipe", "digits", *TINY, "--set", "epochs=3", "--output", folder)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "load      timm.create_model('local-dir:" in err
+    return folder
+
+
+def test_a_run_folder_is_a_timm_model_folder(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "config.json", "model.safetensors", "recipe.yaml", "metrics.csv", "results.json", "curves.png", "state"
+    } == names  # fmt: skip
+    config = json.loads((finished / "config.json").read_text())
+    assert config["architecture"] == "risotto_resnet20" and config["label_names"] == [str(i) for i in range(10)]
+    model = timm.create_model(f"local-dir:{finished}", pretrained=True)
+    again = timm.create_model("risotto_resnet20", in_chans=1)
+    again.load_state_dict(weights(finished))
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(model.eval()(x), again.eval()(x))
+    assert timm.create_model(f"local-dir:{finished}", pretrained=True, num_classes=3)(x).shape == (4, 3)
+
+
+def test_the_run_learned_something_and_says_so(finished):
+    results = json.loads((finished / "results.json").read_text())
+    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert results["finished"] and results["raw"]["top1"] > 0.5
+    assert float(rows[-1]["val_top1"]) == results["raw"]["top1"] and len(rows) == 3
+    correct = round(results["raw"]["top1"] * 360)
+    assert results["raw"]["top1_interval"] == list(wilson_interval(correct, 360))
+    digest = hashlib.sha256((finished / "model.safetensors").read_bytes()).hexdigest()
+    assert results["sha256"]["model.safetensors"] == digest
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    recipe = load_recipe(str(finished / "recipe.yaml"))
+    assert recipe.epochs == 3 and recipe.seed == 0
+    assert "# torch" in (finished / "recipe.yaml").read_text()
+
+
+def test_evaluate_gives_the_numbers_of_the_run(finished, command, tmp_path):
+    torch.set_num_threads(1)
+    result = command(evaluate.main, f"local-dir:{finished}", "--json", tmp_path / "numbers.json", "--device", "cpu")
+    assert result.code == 0, result.err
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    expected = json.loads((finished / "results.json").read_text())["raw"]
+    for key in ("images", "top1", "top5", "top1_interval", "top5_interval"):
+        assert numbers[key] == expected[key]
+    assert numbers["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert f"{100 * expected['top1']:.2f}%" in result.out
+
+
+def test_the_same_recipe_gives_the_same_weights(finished, tmp_path):
+    process = start("--recipe", "digits", *TINY, "--set", "epochs=3", "--output", tmp_path / "again")
+    assert process.wait(timeout=300) == 0
+    assert same(weights(finished), weights(tmp_path / "again"))
+
+
+# --- interruptions
+
+
+def kill_and_resume(folder, options, moments, reference):
+    """Start, SIGKILL after each of the moments, start again; in the end the weights are those of the reference."""
+    for moment in moments:
+        process = start(*options, "--output", folder)
+        time.sleep(moment)
+        process.kill()
+        process.wait()
+    process = start(*options, "--output", folder)
+    _, err = process.communicate(timeout=300)
+    if process.returncode == 2 and "finished run" in err:
+        pass  # the last kill came after the end
+    else:
+        assert process.returncode == 0, err
+    assert same(weights(folder), weights(reference))
+    assert (folder / "metrics.csv").read_text().count("\n") == (reference / "metrics.csv").read_text().count("\n")
+
+
+OFTEN = ["--recipe", "digits", *TINY, "--set", "epochs=3", "--set", "ema_decay=0.9", "--set", "save_minutes=0.005"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    process = start(*OFTEN, "--output", folder)
+    begin = time.time()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder, time.time() - begin
+
+
+def test_killed_at_two_random_moments_the_run_ends_with_the_same_weights(undisturbed, tmp_path):
+    folder, seconds = undisturbed
+    draw = random.Random(0)
+    moments = [draw.uniform(0.5 * seconds, 0.95 * seconds) for _ in range(2)]
+    kill_and_resume(tmp_path / "killed", OFTEN, moments, folder)
+    assert (tmp_path / "killed" / "model_ema.safetensors").read_bytes() == (
+        folder / "model_ema.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_the_run_ends_with_the_same_weights(undisturbed, tmp_path):
+    folder, seconds = undisturbed
+    draw = random.Random(1)
+    for attempt in range(20):
+        moments = [draw.uniform(0.4 * seconds, seconds)]
+        kill_and_resume(tmp_path / str(attempt), OFTEN, moments, folder)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_leave_a_readable_folder(number, code, finished, tmp_path):
+    folder = tmp_path / "run"
+    options = ["--recipe", "digits", *TINY, "--set", "epochs=3", "--set", "log_every=1", "--output", folder]
+    process = start(*options)
+    for line in process.stderr:
+        if "step 14/" in line:
+            process.send_signal(number)
+            break
+    begin = time.time()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err and time.time() - begin < 10
+    timm.create_model(f"local-dir:{folder}", pretrained=True)
+    resumed = start(*options)
+    _, err = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0 and "resumed at step" in err
+    assert same(weights(folder), weights(finished))
+
+
+def test_damaged_states_are_named_and_skipped(undisturbed, tmp_path):
+    reference, _ = undisturbed
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    for path in ("results.json", "model.safetensors", "model_ema.safetensors"):
+        (folder / path).unlink()
+    newest, older = sorted((folder / "state").glob("*.safetensors"), reverse=True)
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    process = start(*OFTEN, "--output", folder)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f"skipped a state that does not verify: {newest.stem}.json" in err
+    assert f"resumed at step {int(older.stem[5:])}" in err
+    assert same(weights(folder), weights(reference))
+
+
+def test_a_truncated_state_is_skipped_and_none_left_means_from_the_beginning(undisturbed, tmp_path):
+    reference, _ = undisturbed
+    folder = tmp_path / "run"
+    shutil.copytree(reference, folder)
+    (folder / "results.json").unlink()
+    newest, older = sorted((folder / "state").glob("*.json"), reverse=True)
+    newest.write_bytes(newest.read_bytes()[:-20])
+    older.write_bytes(older.read_bytes().replace(b'"step": ', b'"step": 1', 1))
+    process = start(*OFTEN, "--output", folder)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err.count("skipped a state") == 2 and "starting again" in err
+    assert same(weights(folder), weights(reference))
+
+
+def test_a_non_finite_loss_stops_with_code_3_and_keeps_the_last_good_state(command, tmp_path):
+    options = ["--recipe", "digits", *TINY, "--set", "optimizer.name=sgd", "--set", "optimizer.lr=1e20"]
+    result = command(train.main, *options, "--output", tmp_path / "run", "--device", "cpu")
+    assert result.code == 3
+    assert "not finite at step" in result.err and "learning rate" in result.err and "Usual mends" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_full_disk_keeps_the_previous_state(command, tmp_path, monkeypatch):
+    """Writing a state fails half-way through: what was there before is whole, and the run can go on from it."""
+    from training import engine, state
+
+    folder = tmp_path / "run"
+    writes = 0
+    original = state.write_atomically
+
+    def write(path, data):
+        nonlocal writes
+        writes += path.suffix == ".safetensors"
+        if writes == 3 and path.suffix == ".safetensors":
+            full = Path("/dev/full")
+            with open(full, "wb", buffering=0) as file:
+                file.write(data)
+        original(path, data)
+
+    monkeypatch.setattr(state, "write_atomically", write)
+    options = ["--recipe", "digits", *TINY, "--set", "epochs=3", "--output", folder, "--device", "cpu"]
+    result = command(train.main, *options)
+    assert result.code == 2 and "No space left" in result.err and "Traceback" not in result.err
+    step, *_, skipped = engine.load_state(folder / "state")
+    assert step == 22 and skipped == []
+    monkeypatch.setattr(state, "write_atomically", original)
+    assert command(train.main, *options).code == 0
+
+
+# --- options of the engine
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["weight_standardization=true", "clip={mode: agc, value: 0.02}"],
+        ["ema_decay=0.95", "accumulate=2", "amp=bfloat16", "channels_last=true"],
+        ["optimizer.name=adamw", "optimizer.lr=0.002", "schedule=linear", "label_smoothing=0.1"],
+        ["optimizer.name=sgd", "optimizer.lr=0.02", "schedule=constant", "clip={mode: norm, value: 1.0}"],
+        ["augment.mixup=0.2", "augment.cutmix=1.0", "augment.cutout=2", "augment.crop_scale=[0.6, 1.0]"],
+        ["model_args={in_chans: 1, drop_path_rate: 0.1, init: he}", "tensorboard=true"],
+        ["model=risotto_resnet20_bn", "optimizer.other_lr=0.01"],
+    ],
+)
+def test_settings_train_and_give_a_plain_model(settings, command, tmp_path):
+    options = [word for setting in settings for word in ("--set", setting)]
+    arguments = ["--recipe", "digits", *TINY, *options, "--output", tmp_path / "run", "--device", "cpu"]
+    result = command(train.main, *arguments)
+    assert result.code == 0, result.err
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert not any("parametrizations" in key for key in model.state_dict())
+    history = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert float(history[1]["train_loss"]) < float(history[0]["train_loss"]) < 2.6
+    if "tensorboard=true" in settings:
+        assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet50_cifar"])
+def test_weight_standardization_starts_at_the_same_net_and_folds_away(name):
+    from training.optimization import folded_state, standardize
+
+    model = timm.create_model(name, seed=0, dtype=torch.float64).eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected, keys = model(x), list(model.state_dict())
+    standardize(model)
+    torch.testing.assert_close(model(x), expected, atol=1e-9, rtol=1e-9)
+    model(x).square().sum().backward()
+    gains = [p for key, p in model.named_parameters() if key.endswith("original1")]
+    assert len(gains) == sum(1 for key in keys if "conv" in key and key.endswith("weight")) - 1 + sum(
+        "downsample" in key and key.endswith("weight") for key in keys
+    )
+    assert all(gain.grad.abs().sum() > 0 for gain in gains)
+    plain = timm.create_model(name, dtype=torch.float64).eval()
+    plain.load_state_dict(folded_state(model))
+    torch.testing.assert_close(plain(x), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_fine_tuning_takes_weights_and_a_new_head(finished, command, tmp_path, photo_folder):
+    settings = ["data.image_size=16", "batch_size=16", "epochs=1", "warmup_epochs=0", "freeze=2"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    result = command(
+        train.main, "--recipe", "digits", *options, "--set", f"data.source={photo_folder}", "--device", "cpu",
+        "--init-from", f"local-dir:{finished}", "--output", tmp_path / "tuned",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    tuned, start_weights = weights(tmp_path / "tuned"), weights(finished)
+    assert tuned["fc.weight"].shape == (2, 64)
+    for key, value in start_weights.items():
+        frozen = key.startswith(("conv1", "layer1"))
+        assert torch.equal(tuned[key], value) == frozen or key.startswith("fc")
+
+
+def test_layer_decay_gives_early_layers_smaller_steps(finished, command, tmp_path):
+    options = ["--set", "optimizer={name: adamw, lr: 0.001, layer_decay: 0.5}", "--device", "cpu"]
+    result = command(
+        train.main, "--recipe", "digits", *TINY, *options, "--init-from", f"local-dir:{finished}", "--output",
+        tmp_path / "tuned",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    moved = {key: (weights(tmp_path / "tuned")[key] - value).abs().mean() for key, value in weights(finished).items()}
+    assert moved["layer1.0.conv1.weight"] < 0.1 * moved["layer3.2.conv1.weight"]
+
+
+def test_streaming_trains_on_a_folder_and_resumes_exactly(photo_folder, tmp_path, command):
+    settings = ["data.pipeline=streaming", "data.image_size=16", "data.workers=0", "batch_size=16", "epochs=2"]
+    settings += ["augment.shift=0", "augment.crop_scale=[0.5, 1.0]", "augment.mixup=0.2", "warmup_epochs=0"]
+    settings += [f"data.source={photo_folder}", "model_args={in_chans: 3}", "data.loader={re_prob: 0.2}"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    for name in ("one", "two"):
+        result = command(train.main, "--recipe", "digits", *options, "--output", tmp_path / name, "--device", "cpu")
+        assert result.code == 0, result.err
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    streamed = json.loads((tmp_path / "one" / "results.json").read_text())["raw"]
+    result = command(evaluate.main, f"local-dir:{tmp_path / 'one'}", "--device", "cpu")
+    assert result.code == 0 and f"{100 * streamed['top1']:.2f}%" in result.out
+
+
+# --- several processes
+
+
+def torchrun(*args, processes=2, restarts=0, port=29511):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
+        f"--master-port={port}", "-m", "training.train", *map(str, args),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+FIFTY_STEPS = [
+    "--recipe", "digits", "--device", "cpu", "--set", "epochs=5", "--set", "data.image_size=8", "--set",
+    "batch_size=128", "--set", "augment.mixup=0.2", "--set", "optimizer={name: sgd, lr: 0.02}",
+]  # fmt: skip
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    one = start(*FIFTY_STEPS, "--output", tmp_path / "one")
+    assert one.wait(timeout=300) == 0
+    two = torchrun(*FIFTY_STEPS, "--output", tmp_path / "two")
+    _, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, atol=1e-5, rtol=0)
+    results = [json.loads((tmp_path / name / "results.json").read_text())["raw"] for name in ("one", "two")]
+    assert results[0]["images"] == results[1]["images"] == 360
+    assert results[0]["top1"] == pytest.approx(results[1]["top1"], abs=1 / 360)
+
+
+def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
+    options = [*FIFTY_STEPS, "--set", "save_minutes=0.01", "--set", "log_every=5", "--output", tmp_path / "run"]
+    process = torchrun(*options, restarts=1, port=29512)
+    for line in process.stderr:
+        if "step 20/" in line:
+            break
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "resumed at step" in err
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["finished"]
+
+
+def test_shipped_recipes_are_valid_and_say_what_they_need():
+    folder = REPOSITORY / "training" / "recipes"
+    for path in folder.glob("*.yaml"):
+        recipe = load_recipe(path.stem)
+        head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        assert any(f"--recipe {path.stem}" in line for line in head), path
+        assert any("accuracy" in line.lower() or "not been run" in line for line in head), path
+        assert recipe.model in timm.list_models("risotto_*")
+    assert yaml.safe_load((folder / "digits.yaml").read_text())["data"]["source"] == "digits"
