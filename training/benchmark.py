@@ -218,9 +218,8 @@ def main() -> None:
     args = _arguments()
     rows = BENCHMARKS[args.name](args)
     where = hardware(choose_device(args.device), 1)
-    print(
-        f"\n{args.name} on {where}, torch {torch.__version__}, timm {timm.__version__}: medians of {args.rounds} rounds"
-    )
+    versions = f"torch {torch.__version__}, timm {timm.__version__}"
+    print(f"\n{args.name} on {where}, {versions}: medians of {args.rounds} rounds")
     print(f"{'ours':44} {'seconds':>9}   {'peer':38} {'seconds':>9} {'ratio':>7}  quartiles")
     for row in rows:
         low, high = row.spread

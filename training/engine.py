@@ -187,7 +187,8 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     outcome = None
     if world.main:
         _say(
-            f"{recipe.model}, {trainer.parameters / 1e6:.2f} M parameters, on {run_folder.hardware(world.device, world.size)}: "
+            f"{recipe.model}, {trainer.parameters / 1e6:.2f} M parameters, "
+            f"on {run_folder.hardware(world.device, world.size)}: "
             f"{trainer.pipeline.train_size} training and {trainer.pipeline.val_size} validation images of "
             f"{len(trainer.pipeline.classes)} classes, {recipe.epochs} epochs of {steps} steps"
         )
