@@ -153,9 +153,10 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
         classes = getattr(getattr(dataset, "dataset", dataset), "classes", None) or _class_names(dataset)
         return Source(source, list(range(len(dataset))), list(classes), dataset, Path(root) if root else None)
     folder = split_folder(Path(source), training)
-    reader = timm.data.create_dataset("", root=str(folder)).reader if _class_folders(folder) else None
-    if reader is None or not reader.samples:
-        raise UserError(f"{folder} holds no images; it needs one sub-folder of images for each class")
+    try:
+        reader = timm.data.create_dataset("", root=str(folder)).reader
+    except RuntimeError:  # timm found no image in any sub-folder
+        raise UserError(f"{folder} holds no images; it needs one sub-folder of images for each class") from None
     classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
     if len(classes) < 2:
         raise UserError(f"{folder} has one class only ({classes[0]}); it needs a sub-folder for each of two or more")
@@ -189,10 +190,6 @@ def split_folder(folder: Path, training: bool) -> Path:
     if (folder / "train").is_dir():
         raise UserError(f"{folder} has no sub-folder {', '.join(VALIDATION_FOLDERS)} to validate on")
     return folder
-
-
-def _class_folders(folder: Path) -> bool:
-    return any(entry.is_dir() for entry in folder.iterdir())
 
 
 def _class_names(dataset: Any) -> list[str]:

@@ -1,0 +1,102 @@
+"""The command risotto-zoo, the README's promises, and the frame of the project."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from risotto_zoo import cli
+from training import benchmark
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def test_list_prints_the_known_sizes(command):
+    result = command(cli.main, "list", "risotto_resnet*18*")
+    assert result.code == 0
+    lines = {line.split()[0]: line.split() for line in result.out.splitlines()[1:]}
+    assert len(lines) == 6
+    assert lines["risotto_resnet18_bn"][1:6] == ["11.69", "M", "1.814", "G", "3x224x224"]
+    assert command(cli.main, "list", "rissotto_resnet20").err.startswith("error: no model matches")
+
+
+def test_inspect_prints_isometry_and_draws_it(command, tmp_path):
+    result = command(cli.main, "inspect", "risotto_resnet20", "--output", tmp_path / "a.png")
+    assert result.code == 0, result.err
+    assert float(re.search(r"largest distance from 1: (\S+)", result.out)[1]) < 1e-5
+    assert "layer3.2" in result.out and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    he = command(cli.main, "inspect", "risotto_resnet20", "--init", "he", "--output", tmp_path / "b.png")
+    assert float(re.search(r"largest distance from 1: (\S+)", he.out)[1]) > 10
+
+
+def test_inspect_an_image_by_probes(command, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(tmp_path / "x.png")
+    result = command(
+        cli.main, "inspect", "risotto_resnet20_c", "--image", tmp_path / "x.png", "--output", tmp_path / "o.png"
+    )
+    assert result.code == 0, result.err
+    assert "random probes" in result.out
+    assert float(re.search(r"largest distance from 1: (\S+)", result.out)[1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "risotto_resnet21"], "did you mean 'risotto_resnet"),
+        (["inspect", "resnet18"], "not a model of this zoo"),
+        (["inspect", "risotto_resnet20", "--init", "hee"], "did you mean 'he'"),
+        (["inspect", "risotto_resnet20", "--alpha", "0"], "alpha=0"),
+        (["inspect", "risotto_resnet20", "--image", "nowhere.png"], "the file does not exist"),
+        (["inspect", "risotto_resnet20", "--output", "/no/where.png"], "cannot be written"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, words, command):
+    result = command(cli.main, *arguments)
+    assert result.code == 2 and words in result.err and "Traceback" not in result.err
+    assert result.err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("module", ["risotto_zoo.cli", "training.train", "training.evaluate", "training.benchmark"])
+def test_help(module):
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert "usage:" in result.stdout
+
+
+def test_importing_registers_and_pulls_in_no_trainer():
+    code = "import sys, risotto_zoo, timm; assert timm.is_model('risotto_resnet20'); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    packages = {name.split(".")[0] for name in loaded}
+    assert packages.isdisjoint({"matplotlib", "sklearn", "pydantic", "training"})
+
+
+def test_imports_run_one_way():
+    """design: initializers and isometry know neither timm nor each other; the library does not know training."""
+    library = REPOSITORY / "risotto_zoo"
+    for path in [*(library / "initializers").glob("*.py"), library / "isometry.py"]:
+        text = path.read_text()
+        assert not re.search(r"^(from|import) (timm|torchvision)", text, re.M), path
+        assert not re.search(r"^from (risotto_zoo|\.\.)", text, re.M), path
+    for path in library.rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) training", path.read_text(), re.M), path
+
+
+def test_benchmarks_compare_with_a_peer(command, tmp_path):
+    result = command(benchmark.main, "init", "--models", "resnet18", "--rounds", 2, "--json", tmp_path / "rows.json")
+    assert result.code == 0 and "timm resnet18" in result.out and "torchvision resnet18" in result.out
+    result = command(
+        benchmark.main, "step", "--models", "risotto_resnet20", "--rounds", 2, "--batch", 4, "--device", "cpu"
+    )
+    assert result.code == 0 and "risotto_resnet20_bn" in result.out
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    commands = re.findall(r"```bash\n(python3 -m venv .*?)\n```", (REPOSITORY / "README.md").read_text(), re.S)
+    assert len(commands) == 2
+    script = (REPOSITORY / ".ci" / "run").read_text()
+    assert all(line in script for command in commands for line in command.splitlines())

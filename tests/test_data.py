@@ -1,0 +1,288 @@
+"""Image sets: every way a data folder can be wrong has its line, and what is right is read exactly."""
+
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_loader
+
+from risotto_zoo.errors import UserError
+from risotto_zoo.images import UnreadableImage, read_image
+from training import evaluate, train
+from training.augment import augmented, draw, mixed, stream
+from training.data import View, cache_folder, load_set
+from training.distributed import World
+from training.pipelines import validation_batches
+from training.recipe import Augment
+
+VIEW = View((3, 32, 32), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def options(folder, tmp_path, *more):
+    sets = ["data.image_size=16", "batch_size=8", "epochs=1", "warmup_epochs=0", "model_args={}", *more]
+    words = [word for setting in sets for word in ("--set", setting)]
+    return [
+        "--recipe",
+        "digits",
+        *words,
+        "--set",
+        f"data.source={folder}",
+        "--output",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
+
+
+@pytest.fixture
+def folder(photo_folder, tmp_path):
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+# --- wrong folders, through the command
+
+
+def empty(folder):
+    for path in folder.rglob("*.jpg"):
+        path.unlink()
+
+
+def corrupt_all(folder):
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(b"not a picture")
+
+
+BROKEN = [
+    (lambda folder: shutil.rmtree(folder), "does not exist"),
+    (empty, "holds no images"),
+    (lambda folder: shutil.rmtree(folder / "train" / "church"), "one class only (flower)"),
+    (lambda folder: shutil.rmtree(folder / "train"), "no sub-folder train"),
+    (lambda folder: shutil.rmtree(folder / "val"), "no sub-folder val"),
+    (
+        lambda folder: (folder / "val" / "flower").rename(folder / "val" / "tree"),
+        "different classes, such as flower, tree",
+    ),
+    (corrupt_all, "none of the 48 images"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), BROKEN)
+def test_a_wrong_folder_is_one_line_and_code_2(damage, words, folder, command, tmp_path):
+    damage(folder)
+    result = command(train.main, *options(folder, tmp_path))
+    assert result.code == 2 and words in result.err, result.err
+    assert "Traceback" not in result.err and result.err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["model_args={num_classes: 5}"], "num_classes is 5, but"),
+        (["model=risotto_resnet21"], "unknown model 'risotto_resnet21'; did you mean 'risotto_resnet"),
+        (["batch_size=100"], "batch_size 100 is more than the 48 training images"),
+        (["init_from=local-dir:/no/where"], "/no/where"),
+        (["init_from=https:nowhere"], "source"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_or_the_zoo(more, words, folder, command, tmp_path):
+    result = command(train.main, *options(folder, tmp_path, *more))
+    assert result.code == 2 and words in result.err, result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none(folder, command, tmp_path):
+    for main, arguments in ((train.main, options(folder, tmp_path)), (evaluate.main, ["local-dir:nowhere"])):
+        result = command(main, *[a for a in arguments if a not in ("--device", "cpu")], "--device", "cuda")
+        assert result.code == 2 and "device 'cuda' is not available" in result.err
+    assert "not available" in command(train.main, "--device", "quantum").err
+
+
+def test_output_folders(folder, command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    for more in ([], ["--overwrite"]):
+        result = command(train.main, *options(folder, tmp_path), *more)
+        assert result.code == 2 and "holds no run" in result.err
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
+    (tmp_path / "run" / "thesis.tex").unlink()
+
+    assert command(train.main, *options(folder, tmp_path)).code == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    result = command(train.main, *options(folder, tmp_path))
+    assert result.code == 2 and "holds a finished run; pass --overwrite" in result.err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    assert command(train.main, *options(folder, tmp_path, "seed=1"), "--overwrite").code == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
+
+    (tmp_path / "file").write_text("")
+    for place, words in ((tmp_path / "file", "is a file"), ("/proc/run", "cannot be written")):
+        result = command(train.main, *options(folder, tmp_path), "--output", place)
+        assert result.code == 2 and words in result.err and "Traceback" not in result.err
+
+
+def test_corrupt_images_are_named_counted_and_left_out(folder, command, tmp_path):
+    damaged = sorted((folder / "train" / "church").glob("*.jpg"))[:3]
+    damaged[0].write_bytes(b"")
+    damaged[1].write_bytes(damaged[1].read_bytes()[:300])
+    damaged[2].unlink()
+    damaged[2].symlink_to(folder / "nowhere.jpg")
+    result = command(train.main, *options(folder, tmp_path))
+    assert result.code == 0, result.err
+    assert "3 images could not be read" in result.err and all(str(path) in result.err for path in damaged)
+    (folder / "val" / "flower" / "000.jpg").write_text("text")
+    result = command(evaluate.main, f"local-dir:{tmp_path / 'run'}", "--data", folder, "--device", "cpu")
+    assert result.code == 0 and "1 images could not be read" in result.err and "on 15 images" in result.out
+
+
+def test_evaluate_refuses_other_class_counts_and_unknown_models(folder, command, tmp_path):
+    assert command(train.main, *options(folder, tmp_path)).code == 0
+    shutil.copytree(folder / "val" / "church", folder / "val" / "zebra")
+    result = command(evaluate.main, f"local-dir:{tmp_path / 'run'}", "--data", folder, "--device", "cpu")
+    assert result.code == 2 and "knows 2 classes, but the data has 3" in result.err
+    result = command(evaluate.main, "risotto_resnet2", "--data", folder)
+    assert result.code == 2 and "did you mean" in result.err
+    result = command(evaluate.main, "risotto_resnet20", "--data", folder)
+    assert result.code == 2 and "No pretrained weights" in result.err
+
+
+# --- what is read
+
+
+def test_a_set_in_memory_is_what_timms_loader_gives(folder):
+    images = load_set(str(folder), False, VIEW, progress=False)
+    ours = torch.cat([batch for batch, _ in validation_batches(images, VIEW, CPU)])
+    loader = create_loader(
+        create_dataset("", root=str(folder / "val")), VIEW.input_size, 16, interpolation="bicubic", crop_pct=1.0,
+        mean=VIEW.mean, std=VIEW.std, num_workers=0, use_prefetcher=False,
+    )  # fmt: skip
+    theirs, targets = next(iter(loader))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    assert torch.equal(images.targets, targets) and images.classes == ["church", "flower"]
+
+
+def test_the_cache_is_used_and_follows_the_content(folder):
+    first = load_set(str(folder), True, VIEW, progress=False)
+    (cached,) = cache_folder().iterdir()
+    touched = cached.stat().st_mtime_ns
+    again = load_set(str(folder), True, VIEW, progress=False)
+    assert torch.equal(first.images, again.images) and cached.stat().st_mtime_ns == touched
+    # another picture under the same name, size in bytes and time set back, is another source
+    one, other = sorted((folder / "train" / "church").glob("*.jpg"))[:2]
+    one.write_bytes(other.read_bytes())
+    changed = load_set(str(folder), True, VIEW, progress=False)
+    assert torch.equal(changed.images[0], first.images[1])
+    # a damaged cache is rebuilt
+    for path in cache_folder().iterdir():
+        path.write_bytes(path.read_bytes()[:1000])
+    assert torch.equal(load_set(str(folder), True, VIEW, progress=False).images, changed.images)
+
+
+def test_a_set_too_large_for_memory_names_the_streaming_pipeline(folder, monkeypatch):
+    from collections import namedtuple
+
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory(48 * 3 * 32 * 32))
+    with pytest.raises(UserError, match="pipeline to streaming"):
+        load_set(str(folder), True, VIEW, progress=False)
+
+
+def test_digits_are_the_same_split_for_everyone():
+    view = View((1, 8, 8), (0.5,), (0.5,))
+    train_set, val_set = load_set("digits", True, view), load_set("digits", False, view)
+    assert (len(train_set), len(val_set)) == (1437, 360) and train_set.classes == [str(i) for i in range(10)]
+    assert val_set.targets.bincount().min() >= 34 and val_set.images.max() == 255
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "I;16", "1", "LA"])
+def test_images_of_every_mode_become_rgb(mode, tmp_path):
+    ramp = Image.fromarray(np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8))
+    deep = Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257)
+    picture = deep if mode == "I;16" else ramp.convert(mode)
+    suffix = "tif" if mode == "CMYK" else "png"
+    picture.save(tmp_path / f"x.{suffix}")
+    read = np.asarray(read_image(tmp_path / f"x.{suffix}"))
+    assert read.shape == (64, 64, 3)
+    if mode not in ("1", "P"):
+        assert np.abs(read.astype(int) - np.asarray(ramp).astype(int)[..., None]).max() <= 1
+
+
+def test_exif_rotation_and_animations(tmp_path):
+    tall = Image.new("RGB", (10, 30))
+    exif = tall.getexif()
+    exif[0x0112] = 6
+    tall.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (30, 10)
+    frames = [Image.new("P", (8, 8), i) for i in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "moving.gif").size == (8, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0broken"])
+def test_what_is_no_image_is_said_to_be_none(content, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(UnreadableImage):
+        read_image(tmp_path / "x.jpg")
+
+
+# --- augmentation
+
+
+def test_augmentation_is_per_image_and_reproducible():
+    data = torch.randint(0, 256, (50, 3, 16, 16), dtype=torch.uint8)
+    settings = Augment(flip=True, shift=3, cutout=4)
+    index, ones = torch.arange(20), torch.ones(3)
+    first = augmented(data, index, 16, settings, draw(20, settings, stream(0, 1)), 0 * ones, ones)
+    again = augmented(data, index, 16, settings, draw(20, settings, stream(0, 1)), 0 * ones, ones)
+    other = augmented(data, index, 16, settings, draw(20, settings, stream(0, 2)), 0 * ones, ones)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    same_image = augmented(data, index * 0, 16, settings, draw(20, settings, stream(0, 3)), 0 * ones, ones)
+    assert len(torch.unique(same_image.flatten(1), dim=0)) > 15
+
+
+def test_flip_and_shift_are_what_they_are_called():
+    data = torch.arange(36, dtype=torch.uint8).reshape(1, 1, 6, 6)
+    settings = Augment(flip=True, shift=2)
+    numbers = draw(1, settings, stream(0))
+    zero, one = torch.zeros(1), torch.ones(1)
+    numbers.flip[:], numbers.shift[:] = 0.0, torch.tensor([0.99, 0.4])  # flipped, two down, not sideways
+    out = (augmented(data, torch.tensor([0]), 6, settings, numbers, zero, one)[0, 0] * 255).round()
+    padded = torch.nn.functional.pad(data.float(), (2, 2, 2, 2), mode="reflect")[0, 0]
+    assert torch.equal(out, padded[4:10, 2:8].flip(1))
+
+
+def test_an_uncropped_resized_crop_is_the_image():
+    data = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    settings = Augment(flip=False, crop_scale=(1.0, 1.0))
+    numbers = draw(4, settings, stream(0))
+    numbers.crop[:, 1] = 0.5  # square
+    out = augmented(data, torch.arange(4), 16, settings, numbers, torch.zeros(3), torch.ones(3))
+    torch.testing.assert_close(out * 255, data.float(), atol=1e-2, rtol=0)
+
+
+def test_mixup_and_cutmix_shares():
+    settings = Augment(mixup=1.0, cutmix=1.0)
+    numbers = draw(400, settings, stream(0))
+    black, white = torch.zeros(400, 1, 16, 16), torch.ones(400, 1, 16, 16)
+    out, share = mixed(black, white, numbers)
+    torch.testing.assert_close(out.mean(dim=(1, 2, 3)), 1 - share, atol=1e-5, rtol=0)
+    pasted = numbers.box[:, 0] > 0
+    assert 150 < pasted.sum() < 250
+    assert set(out[pasted].unique().tolist()) == {0.0, 1.0}
+    assert sorted(numbers.partner.tolist()) == list(range(400))
+
+
+@pytest.mark.data
+def test_cifar_statistics_are_those_in_the_table():
+    from conftest import CIFAR
+
+    images = load_set(str(CIFAR), True, View((3, 32, 32), (0.5,) * 3, (0.5,) * 3), progress=False)
+    cfg = timm.get_pretrained_cfg("risotto_resnet20")
+    channels = images.images.float().transpose(0, 1).flatten(1) / 255
+    torch.testing.assert_close(channels.mean(1), torch.tensor(cfg.mean), atol=1e-4, rtol=0)
+    torch.testing.assert_close(channels.std(1), torch.tensor(cfg.std), atol=1e-4, rtol=0)

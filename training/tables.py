@@ -1,0 +1,169 @@
+"""Tables of numbers, generated: python -m training.tables writes them, --check fails if one is stale.
+
+A run's numbers live in training/results/NAME.json and nowhere else; --add copies them there from a finished run. The
+tables stand between marker comments in README.md, training/README.md, training/recipes/NOTES.md and the recipes' heads.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from risotto_zoo.errors import UserError, exits_cleanly
+from risotto_zoo.files import write_atomically
+
+from .recipe import RECIPES, Recipe, load_recipe, section_of
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def main_table() -> str:
+    """README: one row a recorded run of a shipped recipe."""
+    rows = [
+        "| recipe | top-1 (95% interval) | parameters | epochs, seed | training | hardware |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, record in _records(RESULTS):
+        result, best = record["results"], _best(record["results"])
+        low, high = best["top1_interval"]
+        rows.append(
+            f"| `{name}` | {100 * best['top1']:.2f}% ({100 * low:.2f} to {100 * high:.2f}) "
+            f"| {result['parameters'] / 1e6:.2f} M | {result['epochs']}, {result['seed']} "
+            f"| {_time(result['train_seconds'])} | {result['hardware']} |"
+        )
+    return "\n".join(rows)
+
+
+def sweep_table() -> str:
+    """NOTES.md: what was tried, and the accuracy on the held-out tenth of the training set."""
+    rows = ["| run | settings | held-out top-1 (95% interval) | training loss |", "|---|---|---|---|"]
+    for name, record in _records(RESULTS / "sweeps"):
+        best = _best(record["results"])
+        low, high = best["top1_interval"]
+        settings = ", ".join(f"{key}={value}" for key, value in record["settings"].items())
+        rows.append(
+            f"| {name} | {settings} | {100 * best['top1']:.1f}% ({100 * low:.1f} to {100 * high:.1f}) "
+            f"| {record['history'][-1]['train_loss']:.3f} |"
+        )
+    return "\n".join(rows)
+
+
+def schema_table(section: type = Recipe, prefix: str = "") -> str:
+    """training/README.md: every key of a recipe, from the schema."""
+    rows = [] if prefix else ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in section.model_fields.items():
+        nested = section_of(field.annotation)
+        if field.description:
+            default = "(required)" if field.is_required() else f"`{json.dumps(field.default)}`"
+            rows.append(f"| `{prefix}{name}` | {default} | {field.description} |")
+        if nested is not None:
+            rows.append(schema_table(nested, f"{prefix}{name}."))
+    return "\n".join(rows)
+
+
+def reached(name: str) -> str:
+    """The line in a recipe's head."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return "Accuracy and time: has not been run."
+    result = json.loads(path.read_text())["results"]
+    best = _best(result)
+    return (
+        f"Accuracy: {100 * best['top1']:.2f}% of {best['images']} images, seed {result['seed']}, in "
+        f"{_time(result['train_seconds'])} on {result['hardware']}."
+    )
+
+
+def _best(results: dict[str, Any]) -> dict[str, Any]:
+    return results[results.get("better", "raw")]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _records(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    return [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+
+
+def _between(text: str, marker: str, table: str) -> str:
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if start not in text or end not in text:
+        raise UserError(f"the markers {start} and {end} are missing")
+    return text[: text.index(start) + len(start)] + f"\n{table}\n" + text[text.index(end) :]
+
+
+def pages() -> dict[Path, str]:
+    """Every file with a generated part, as it should be."""
+    result = {}
+    for path, marker, table in (
+        (ROOT / "README.md", "results", main_table()),
+        (ROOT / "training" / "README.md", "schema", schema_table()),
+        (RECIPES / "NOTES.md", "sweeps", sweep_table()),
+    ):
+        result[path] = _between(path.read_text(encoding="utf-8"), marker, table)
+    for path in sorted(RECIPES.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        result[path] = re.sub(
+            r"^# Accuracy.*$", lambda _, stem=path.stem: f"# {reached(stem)}", text, count=1, flags=re.M
+        )
+    return result
+
+
+def add(run: Path, sweep: bool) -> None:
+    """Copy the numbers of a finished run into training/results (or its sweeps), under the run folder's name.
+
+    Raises:
+        UserError: If the run is not finished.
+    """
+    try:
+        results = json.loads((run / "results.json").read_text())
+        rows = (run / "metrics.csv").read_text().splitlines()
+    except (OSError, ValueError):
+        raise UserError(f"{run} holds no finished run") from None
+    if not results.get("finished"):
+        raise UserError(f"{run} is not finished")
+    keys = rows[0].split(",")
+    history = [dict(zip(keys, map(float, row.split(",")), strict=True)) for row in rows[1:]]
+    record: dict[str, Any] = {"results": results, "history": history}
+    if sweep:
+        recipe = load_recipe(str(run / "recipe.yaml"))
+        record["settings"] = {
+            "model": recipe.model,
+            "lr": recipe.optimizer.lr,
+            "other_lr": recipe.optimizer.other_lr,
+            "clip": recipe.clip.value if recipe.clip else None,
+            "images": results["train_images"],
+            "epochs": recipe.epochs,
+        }
+    target = (RESULTS / "sweeps" if sweep else RESULTS) / f"{run.name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, (json.dumps(record, indent=1) + "\n").encode())
+
+
+@exits_cleanly
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 2 if a table is stale")
+    parser.add_argument("--add", nargs="+", type=Path, default=[], metavar="RUN", help="record these finished runs")
+    parser.add_argument("--sweep", action="store_true", help="with --add: they belong to a sweep")
+    args = parser.parse_args()
+    for run in args.add:
+        add(run, args.sweep)
+    stale = [path for path, text in pages().items() if path.read_text(encoding="utf-8") != text]
+    if args.check and stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        raise UserError(f"stale: {names}; run python -m training.tables")
+    for path in stale:
+        write_atomically(path, pages()[path].encode())
+        print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    main()
