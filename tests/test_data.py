@@ -286,3 +286,22 @@ def test_cifar_statistics_are_those_in_the_table():
     channels = images.images.float().transpose(0, 1).flatten(1) / 255
     torch.testing.assert_close(channels.mean(1), torch.tensor(cfg.mean), atol=1e-4, rtol=0)
     torch.testing.assert_close(channels.std(1), torch.tensor(cfg.std), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "streaming"])
+@pytest.mark.parametrize("kind", ["tar", "torch/image_folder"])
+def test_tar_files_and_timm_data_sets_are_the_same_images(kind, pipeline, folder, command, tmp_path):
+    settings = [f"data.pipeline={pipeline}", "data.workers=0", "augment={flip: true}"]
+    if kind == "tar":
+        for split in ("train", "val"):
+            shutil.make_archive(str(folder / split), "tar", folder / split)
+            shutil.rmtree(folder / split)
+        arguments = options(folder, tmp_path, *settings)
+    else:
+        (folder / "val").rename(folder / "validation")
+        arguments = options(folder, tmp_path, *settings, f"data.root={folder}")
+        arguments += ["--set", "data.source=torch/image_folder"]
+    result = command(train.main, *arguments)
+    assert result.code == 0, result.err
+    assert "48 training and 16 validation images of 2 classes" in result.err
+    assert '"church"' in (tmp_path / "run" / "config.json").read_text()

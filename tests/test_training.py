@@ -394,3 +394,21 @@ def test_shipped_recipes_are_valid_and_say_what_they_need():
         assert any("accuracy" in line.lower() or "not been run" in line for line in head), path
         assert recipe.model in timm.list_models("risotto_*")
     assert yaml.safe_load((folder / "digits.yaml").read_text())["data"]["source"] == "digits"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_training_on_a_gpu_learns_and_evaluates_as_on_the_cpu(amp, command, tmp_path):
+    options = ["--set", f"amp={amp}", "--set", "channels_last=true", "--output", tmp_path / "run", "--device", "cuda"]
+    assert command(train.main, "--recipe", "digits", *options).code == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["raw"]["top1"] > 0.95 and "NVIDIA" in results["hardware"]
+    numbers = tmp_path / "numbers.json"
+    assert command(evaluate.main, f"local-dir:{tmp_path / 'run'}", "--device", "cpu", "--json", numbers).code == 0
+    assert json.loads(numbers.read_text())["top1"] == pytest.approx(results["raw"]["top1"], abs=1 / 360)
+
+
+@pytest.mark.slow
+def test_compiled_training(command, tmp_path):
+    options = ["--set", "compile=true", "--output", tmp_path / "run", "--device", "cpu"]
+    assert command(train.main, "--recipe", "digits", *TINY, *options).code == 0

@@ -153,6 +153,10 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
         classes = getattr(getattr(dataset, "dataset", dataset), "classes", None) or _class_names(dataset)
         return Source(source, list(range(len(dataset))), list(classes), dataset, Path(root) if root else None)
     folder = split_folder(Path(source), training)
+    if folder.suffix == ".tar":
+        dataset = timm_dataset(str(folder), training, split, None)
+        classes = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+        return Source(str(folder), list(range(len(dataset))), classes, dataset, folder)
     try:
         reader = timm.data.create_dataset("", root=str(folder)).reader
     except RuntimeError:  # timm found no image in any sub-folder
@@ -167,6 +171,8 @@ def timm_dataset(source: str, training: bool, split: str | None, root: str | Non
     """`timm.data.create_dataset`, its errors in one line."""
     try:
         split = split or ("train" if training else "validation")
+        if source.endswith(".tar"):
+            return timm.data.create_dataset("", root=source, **options)
         return timm.data.create_dataset(source, root=root, split=split, **options)
     except Exception as error:  # each reader fails in its own way
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -174,15 +180,16 @@ def timm_dataset(source: str, training: bool, split: str | None, root: str | Non
 
 
 def split_folder(folder: Path, training: bool) -> Path:
-    """The sub-folder to train or to validate on; a folder of classes without splits is one to validate on."""
+    """The sub-folder or tar file to train or to validate on; a folder of classes without splits is one to validate on."""
     if not folder.is_dir():
         raise UserError(
             f"data folder {folder} does not exist; unpack the images there, or name another with --set data.source=..."
         )
     names = ("train",) if training else VALIDATION_FOLDERS
     for name in names:
-        if (folder / name).is_dir():
-            return folder / name
+        for path in (folder / name, folder / f"{name}.tar"):
+            if path.exists():
+                return path
     if training:
         raise UserError(
             f"{folder} has no sub-folder train; it needs train and val (or test), one folder a class in each"
@@ -227,6 +234,8 @@ def _decode(
             return transform(read_image(path, channels)), target, ""
         except UnreadableImage as error:
             return None, -1, f"{sample[0]} ({error})"
+        except Exception as error:  # a reader of timm, each raises its own kinds
+            return None, -1, f"{source.name}, image {position} ({error})"
 
     count = len(source.samples)
     images, targets = torch.empty(count, *shape, dtype=torch.uint8), torch.full((count,), -1)
@@ -272,7 +281,8 @@ def _cache_key(source: Source, settings: dict[str, Any]) -> str:
     if source.dataset is None:
         files = [path for path, _ in source.samples]
     else:
-        files = sorted(str(path) for path in source.root.rglob("*") if path.is_file()) if source.root else []
+        inside = [source.root, *source.root.rglob("*")] if source.root else []
+        files = sorted(str(path) for path in inside if path.is_file())
         digest.update(str(len(source.samples)).encode())
 
     def fingerprint(path: str) -> bytes:

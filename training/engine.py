@@ -4,7 +4,8 @@ import math
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,10 @@ class Trainer:
     parameters: int  # of the net itself, without training-time extras
 
     @property
+    def name(self) -> str:
+        return self.model.pretrained_cfg["architecture"]
+
+    @property
     def config(self) -> dict[str, Any]:
         args = {key: value for key, value in self.recipe.model_args.items() if key not in ("seed", "num_classes")}
         return model_config(self.model, self.pipeline.classes, asdict(self.view), args)
@@ -138,6 +143,8 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
     parameters = sum(p.numel() for p in model.parameters())
     if recipe.weight_standardization:
         standardize(model)
+    if recipe.sync_bn and world.device.type != "cuda":
+        raise UserError("sync_bn: torch synchronizes batch norm on CUDA devices only; set sync_bn=false")
     if recipe.sync_bn and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(world.device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
@@ -187,7 +194,7 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     outcome = None
     if world.main:
         _say(
-            f"{recipe.model}, {trainer.parameters / 1e6:.2f} M parameters, "
+            f"{trainer.name}, {trainer.parameters / 1e6:.2f} M parameters, "
             f"on {run_folder.hardware(world.device, world.size)}: "
             f"{trainer.pipeline.train_size} training and {trainer.pipeline.val_size} validation images of "
             f"{len(trainer.pipeline.classes)} classes, {recipe.epochs} epochs of {steps} steps"
@@ -223,7 +230,9 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
                 if stopping:
                     _export(trainer)
                     raise Stopped(stopping)
-        _check_finite(trainer, bad_step)
+        before = time.perf_counter()
+        _check_finite(trainer, bad_step)  # waits for the device
+        progress.seconds += time.perf_counter() - before
         bar.close()
         progress.sums = sums.tolist()
         row, *outcome = _validate(trainer, epoch, stop)
@@ -235,7 +244,9 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
             run_folder.write_metrics(trainer.output, progress.history)
             final = len(progress.history) == recipe.epochs
             if final or time.perf_counter() - last_curves > CURVES_SECONDS:
-                run_folder.write_curves(trainer.output, progress.history, _title(recipe))
+                run_folder.write_curves(
+                    trainer.output, progress.history, f"{trainer.name} on {Path(recipe.data.source).name}"
+                )
                 last_curves = time.perf_counter()
             _say(_epoch_line(row, recipe.epochs))
             for key, value in row.items():
@@ -294,8 +305,9 @@ def _validate(
                 raise Stopped(stop.number)
             yield batch
 
-    result = evaluate(trainer.model, batches(), world.sum)
-    averaged = evaluate(trainer.ema.module, batches(), world.sum) if trainer.ema is not None else None
+    with _full_float32():
+        result = evaluate(trainer.model, batches(), world.sum)
+        averaged = evaluate(trainer.ema.module, batches(), world.sum) if trainer.ema is not None else None
     sums = world.sum(torch.tensor(progress.sums, device=world.device))
     images, loss, correct = sums.tolist()
     row = {
@@ -313,6 +325,20 @@ def _validate(
         "seconds": progress.seconds,
     }
     return row, result, averaged
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """No TensorFloat-32: the numbers of a run are those that anybody's evaluation gives."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 def _check_finite(trainer: Trainer, bad_step: Tensor) -> None:
@@ -385,7 +411,7 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -
     memory = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else _peak_memory()
     results = {
         "finished": True,
-        "model": recipe.model,
+        "model": trainer.name,
         "data": recipe.data.source,
         "train_images": trainer.pipeline.train_size,
         "epochs": recipe.epochs,
@@ -420,10 +446,6 @@ def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def _title(recipe: Recipe) -> str:
-    return f"{recipe.model} on {Path(recipe.data.source).name}"
-
-
 def _epoch_line(row: dict[str, Any], epochs: int) -> str:
     ema = f" (EMA {100 * row['ema_top1']:.2f}%)" if "ema_top1" in row else ""
     return (
@@ -448,6 +470,7 @@ def _summary(trainer: Trainer, results: dict[str, Any]) -> str:
         f"curves    {folder / 'curves.png'}",
         f"load      timm.create_model('local-dir:{folder}', pretrained=True)  # after import timm, risotto_zoo",
         f"evaluate  python -m training.evaluate local-dir:{folder}",
+        f"publish   hf upload ORG/NAME {folder} --exclude 'state/*'",
     ]
     return "\n".join(lines)
 

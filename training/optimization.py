@@ -53,7 +53,7 @@ def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
     settings = recipe.optimizer
     other_lr = settings.other_lr or settings.lr
     alpha_lr = settings.alpha_lr or other_lr
-    ends = tuple(f"{name}." for name in (_first(model, "first_conv"), _first(model, "classifier")) if name)
+    ends = _ends(model)
     kinds: dict[str, list[nn.Parameter]] = {"kernels": [], "ends": [], "vectors": [], "alphas": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -81,9 +81,15 @@ def _layer_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     settings = recipe.optimizer
     groups = param_groups_layer_decay(model, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay)
     if settings.name == "muon":
+        ends = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(_ends(model))}
         for group in groups:
-            group["use_fallback"] = any(parameter.ndim != 4 for parameter in group["params"])
+            group["use_fallback"] = any(p.ndim != 4 or id(p) in ends for p in group["params"])
     return [{**group, "lr": settings.lr} for group in groups]
+
+
+def _ends(model: nn.Module) -> tuple[str, ...]:
+    """Name prefixes of the stem's first convolution and the classifier."""
+    return tuple(f"{name}." for name in (_first(model, "first_conv"), _first(model, "classifier")) if name)
 
 
 def _first(model: nn.Module, key: str) -> str | None:

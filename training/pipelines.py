@@ -146,6 +146,9 @@ class Streaming:
                 self.train_classes = source.classes
             elif source.classes != self.train_classes:
                 raise _other_classes(self.train_classes, source.classes, data.source)
+            if source.dataset is not None:
+                source.dataset.input_img_mode = mode["input_img_mode"]
+                return source.dataset
             return timm.data.create_dataset("", root=str(source.root), **mode)
         batch = self.recipe.batch_size // self.world.size
         options = {"is_training": training, "batch_size": batch, "seed": self.recipe.seed, **mode}

@@ -1,5 +1,6 @@
 """The networks of the zoo; importing this package registers them with timm."""
 
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -26,8 +27,10 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         raise UserError(str(error)) from None
     if source is None and not timm.is_model(architecture.split(".")[0]):
         raise UserError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
+    if source == "local-dir" and pretrained and not (Path(architecture) / "model.safetensors").is_file():
+        raise UserError(f"model {name}: the folder holds no model.safetensors; other formats are not read")
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (TypeError, ValueError, RuntimeError, OSError, AssertionError) as error:
+    except Exception as error:  # the net, timm, safetensors and the Hub's client each raise their own kinds
         reason = str(error).split("\n")[0].replace("RisottoResNet.__init__() got", "the model got")
-        raise UserError(f"model {name}: {reason}") from None
+        raise UserError(f"model {name}: {reason or type(error).__name__}") from None
