@@ -155,7 +155,7 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
     folder = split_folder(Path(source), training)
     if folder.suffix == ".tar":
         dataset = timm_dataset(str(folder), training, split, None)
-        classes = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
+        classes = sorted(dataset.reader.class_name_to_idx, key=dataset.reader.class_name_to_idx.get)
         return Source(str(folder), list(range(len(dataset))), classes, dataset, folder)
     try:
         reader = timm.data.create_dataset("", root=str(folder)).reader
@@ -180,7 +180,7 @@ def timm_dataset(source: str, training: bool, split: str | None, root: str | Non
 
 
 def split_folder(folder: Path, training: bool) -> Path:
-    """The sub-folder or tar file to train or to validate on; a folder of classes without splits is one to validate on."""
+    """The sub-folder or tar file to train or to validate on; a folder of classes alone is one to validate on."""
     if not folder.is_dir():
         raise UserError(
             f"data folder {folder} does not exist; unpack the images there, or name another with --set data.source=..."
@@ -240,7 +240,8 @@ def _decode(
     count = len(source.samples)
     images, targets = torch.empty(count, *shape, dtype=torch.uint8), torch.full((count,), -1)
     unreadable = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # timm's readers share file handles, which only one thread at a time may move.
+    with ThreadPoolExecutor(os.cpu_count() if source.dataset is None else 1) as pool:
         results = pool.map(decode, range(count))
         for i, (array, target, problem) in enumerate(_bar(results, count, f"decoding {source.name}", progress)):
             if problem:
