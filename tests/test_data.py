@@ -117,6 +117,8 @@ def test_output_folders(folder, command, tmp_path):
     result = command(train.main, *options(folder, tmp_path))
     assert result.code == 2 and "holds a finished run; pass --overwrite" in result.err
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    result = command(train.main, *options("/no/where", tmp_path), "--overwrite")
+    assert result.code == 2 and (tmp_path / "run" / "model.safetensors").read_bytes() == before
     assert command(train.main, *options(folder, tmp_path, "seed=1"), "--overwrite").code == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
 

@@ -10,6 +10,8 @@ NAMES = timm.list_models("risotto_*")
 SMALL = ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet20_bn", "risotto_resnet18", "risotto_resnet18_bn"]
 SMALL += ["risotto_resnet50", "risotto_resnet18_cifar_c", "risotto_resnet50_cifar"]
 IMAGENET = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
+# Every name with --slow, one of each kind otherwise.
+EVERY = [pytest.param(name, marks=() if name in SMALL else pytest.mark.slow) for name in NAMES]
 CIFAR = [f"resnet{depth}" for depth in (20, 32, 44, 56, 110)] + ["resnet18_cifar", "resnet50_cifar"]
 
 
@@ -65,7 +67,7 @@ def test_bn_weights_load_into_plain_timm(name):
     assert torch.equal(theirs.eval()(x), model(x))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_forward_and_backward_reach_every_parameter(name):
     model = timm.create_model(name, num_classes=7).train()
     out = model(images(model, 4))
@@ -74,7 +76,7 @@ def test_forward_and_backward_reach_every_parameter(name):
     assert [key for key, p in model.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_features_in_every_form_agree(name):
     model = timm.create_model(name, seed=0).eval()
     x = images(model)
@@ -99,7 +101,7 @@ def test_features_in_every_form_agree(name):
     assert torch.equal(getter(x)[1], maps[2])
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_head(name):
     model = timm.create_model(name, seed=0).eval()
     x = images(model)
@@ -117,7 +119,7 @@ def test_head(name):
     assert timm.create_model(name, num_classes=0, global_pool="")(x).shape == features.shape
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_gradient_checkpointing_changes_nothing(name):
     model = timm.create_model(name, seed=0).double().train()
     if name.endswith("_bn"):
@@ -134,7 +136,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         torch.testing.assert_close(parameter.grad, before)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_groups_order_stem_stages_head(name):
     model = timm.create_model(name)
     groups = group_parameters(model, model.group_matcher(coarse=True))
@@ -145,7 +147,7 @@ def test_groups_order_stem_stages_head(name):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_torchscript_and_fx(name):
     model = timm.create_model(name, scriptable=True).eval()
     x = images(model)
@@ -165,7 +167,7 @@ def test_compile_and_export(name):
         torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_channels_last_and_autocast(name):
     model = timm.create_model(name, seed=0).eval()
     x = images(model)

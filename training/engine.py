@@ -94,11 +94,13 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         Stopped: After SIGTERM or Ctrl-C, the state saved.
     """
     if world.main:
-        run_folder.claim(output, recipe, overwrite, resume or recipe.resume == "auto")
-    world.barrier()
+        run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
     trainer = build(recipe, output, world)
-    _resume(trainer)
     try:
+        if world.main:
+            run_folder.begin(output, recipe, overwrite)
+        world.barrier()
+        _resume(trainer)
         return _loop(trainer, _StopSignals())
     except OSError as error:
         raise UserError(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from risotto_zoo.files import write_atomically
 from .recipe import Recipe, dump
 
 
-def claim(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
-    """Make sure that `folder` is free for this recipe, or holds an unfinished run of it.
+def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
+    """Make sure that `folder` can be written and is free for this recipe, or holds an unfinished run of it.
+
+    Nothing that it holds is touched yet: the recipe may still turn out not to fit the data.
 
     Raises:
         UserError: If it is used and neither may be overwritten nor resumed, or cannot be written.
@@ -29,12 +32,10 @@ def claim(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
     if folder.is_file():
         raise UserError(f"output {folder} is a file; name a folder with --output")
     used = folder.is_dir() and any(folder.iterdir())
-    if used and overwrite:
-        _clear(folder)
-    elif used:
+    if used and not (folder / "recipe.yaml").is_file():
+        raise UserError(f"output folder {folder} is not empty and holds no run; choose another with --output")
+    if used and not overwrite:
         results = _json(folder / "results.json")
-        if not (folder / "recipe.yaml").is_file():
-            raise UserError(f"output folder {folder} is not empty and holds no run; choose another with --output")
         if results is not None and results.get("finished"):
             raise UserError(f"{folder} holds a finished run; pass --overwrite to replace it, or another --output")
         if not resume:
@@ -44,24 +45,22 @@ def claim(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
             raise UserError(f"{folder} holds an unfinished run of another recipe; pass --overwrite or another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "recipe.yaml", f"{_versions()}{dump(recipe)}".encode())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written: {error.strerror}") from None
 
 
-def _clear(folder: Path) -> None:
-    """Remove the files of an earlier run and nothing else."""
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} holds no run; --overwrite only replaces runs. Choose another --output")
-    try:
+def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Put the recipe into a checked folder; with `overwrite`, remove the files of the run before it, and only those."""
+    if overwrite:
         for name in ("state", "tensorboard"):
             for path in (folder / name).glob("*"):
                 path.unlink()
         for path in folder.glob("*"):
             if path.suffix in (".json", ".csv", ".png", ".yaml", ".safetensors"):
                 path.unlink()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be cleared: {error.strerror}") from None
+    write_atomically(folder / "recipe.yaml", f"{_versions()}{dump(recipe)}".encode())
 
 
 def _versions() -> str:
