@@ -31,6 +31,11 @@ def test_semi_orthogonal_is_haar():
     torch.testing.assert_close(entries.var(0), torch.full((4, 4), 0.25, dtype=torch.float64), atol=0.05, rtol=0)
 
 
+def test_semi_orthogonal_takes_reflections_as_often_as_rotations():
+    signs = torch.stack([torch.det(semi_orthogonal(3, 3, rng(seed))) for seed in range(1000)])
+    assert signs.mean().abs() < 5 / 1000**0.5
+
+
 def test_signed_permutation_has_one_entry_a_row_and_column_and_both_signs():
     p = signed_permutation(64, rng())
     assert torch.equal(p.abs().sum(0), torch.ones(64)) and torch.equal(p.abs().sum(1), torch.ones(64))

@@ -7,12 +7,17 @@ from torch import Tensor, nn
 def semi_orthogonal(rows: int, cols: int, generator: torch.Generator | None = None) -> Tensor:
     """Haar-distributed semi-orthogonal matrix, shape (rows, cols), float64, on the CPU.
 
-    Columns are orthonormal if rows >= cols, rows are orthonormal otherwise. QR of a Gaussian matrix with the signs
-    of R's diagonal moved into Q, without which the distribution would not be Haar (Mezzadri, math-ph/0609050).
+    Columns are orthonormal if rows >= cols, rows are orthonormal otherwise. It is the Q of the QR decomposition of a
+    Gaussian matrix, the signs of R's diagonal moved into it. The Householder vectors of that decomposition are
+    themselves independent Gaussians, of lengths n, n - 1, ... (Stewart 1980, SIAM J. Numer. Anal. 17), so they are drawn
+    directly: the same distribution at half the cost.
     """
     tall, narrow = max(rows, cols), min(rows, cols)
-    q, r = torch.linalg.qr(torch.randn(tall, narrow, dtype=torch.float64, generator=generator))
-    q *= torch.where(r.diagonal() < 0, -1.0, 1.0)
+    x = torch.randn(tall, narrow, dtype=torch.float64, generator=generator).tril_()
+    top = x.diagonal().clone()
+    r = torch.where(top < 0, 1.0, -1.0) * x.norm(dim=0)  # R's diagonal: each column is reflected onto r e_1
+    q = torch.linalg.householder_product(x / (top - r), (r - top) / r)
+    q *= r.sign()
     return q if rows >= cols else q.T
 
 
@@ -35,8 +40,12 @@ def looks_linear(u: Tensor) -> Tensor:
 
     On x = relu([z; -z]) it acts as U acts on z: relu(LL(U) x) = relu([U z; -U z]).
     """
-    row = torch.cat([u, -u], dim=1)
-    return torch.cat([row, -row])
+    rows, cols = u.shape
+    matrix = u.new_empty(2 * rows, 2 * cols)
+    matrix[:rows, :cols] = matrix[rows:, cols:] = u
+    torch.neg(u, out=matrix[:rows, cols:])
+    torch.neg(u, out=matrix[rows:, :cols])
+    return matrix
 
 
 @torch.no_grad()
