@@ -9,8 +9,8 @@ def semi_orthogonal(rows: int, cols: int, generator: torch.Generator | None = No
 
     Columns are orthonormal if rows >= cols, rows are orthonormal otherwise. It is the Q of the QR decomposition of a
     Gaussian matrix, the signs of R's diagonal moved into it. The Householder vectors of that decomposition are
-    themselves independent Gaussians, of lengths n, n - 1, ... (Stewart 1980, SIAM J. Numer. Anal. 17), so they are drawn
-    directly: the same distribution at half the cost.
+    themselves independent Gaussians, of lengths n, n - 1, ... (Stewart 1980, SIAM J. Numer. Anal. 17), so they are
+    drawn directly: the same distribution at half the cost.
     """
     tall, narrow = max(rows, cols), min(rows, cols)
     x = torch.randn(tall, narrow, dtype=torch.float64, generator=generator).tril_()
