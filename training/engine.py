@@ -1,6 +1,5 @@
 """The training loop: from a recipe and an output folder to a trained model folder, whatever interrupts it."""
 
-import math
 import signal
 import sys
 import time
@@ -17,7 +16,6 @@ from timm.models import get_pretrained_cfg
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from risotto_zoo.checkpoints import model_config, save_model
 from risotto_zoo.errors import UserError
@@ -26,6 +24,7 @@ from risotto_zoo.models import create_model
 
 from . import run_folder
 from .augment import stream
+from .console import EpochBar, epoch_line, say, summary
 from .data import View
 from .distributed import World
 from .optimization import build_optimizer, build_scheduler, folded_state, freeze, standardize
@@ -55,7 +54,9 @@ class Progress:
     images: int = 0
     waited: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of this epoch: images, loss, correct
+    sums: list[float] = field(
+        default_factory=lambda: [0.0, 0.0, 0.0]
+    )  # images, loss, correct: this epoch, all processes
 
 
 @dataclass
@@ -125,7 +126,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
     view = _view(recipe, config)
     pipeline = build_pipeline(recipe, view, world)
     if world.main and pipeline.unreadable:
-        _say(
+        say(
             f"{len(pipeline.unreadable)} images could not be read and are left out: "
             + ", ".join(pipeline.unreadable[:5])
             + (", ..." if len(pipeline.unreadable) > 5 else "")
@@ -185,78 +186,81 @@ def _view(recipe: Recipe, config: dict[str, Any]) -> View:
 
 def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
-    steps = trainer.pipeline.steps_per_epoch
     module = trainer.model
     if recipe.compile:
         module = torch.compile(module)
     if world.size > 1:
         module = DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
-    board = _tensorboard(trainer)
-    last_save = last_curves = time.perf_counter()
-    outcome = None
     if world.main:
-        _say(
+        say(
             f"{trainer.name}, {trainer.parameters / 1e6:.2f} M parameters, "
             f"on {run_folder.hardware(world.device, world.size)}: "
             f"{trainer.pipeline.train_size} training and {trainer.pipeline.val_size} validation images of "
-            f"{len(trainer.pipeline.classes)} classes, {recipe.epochs} epochs of {steps} steps"
+            f"{len(trainer.pipeline.classes)} classes, {recipe.epochs} epochs "
+            f"of {trainer.pipeline.steps_per_epoch} steps"
         )
+    board = _tensorboard(trainer)
+    last_curves = time.perf_counter()
+    outcome = None
     while len(progress.history) < recipe.epochs:
-        epoch = len(progress.history)
-        trainer.model.train()
-        sums = torch.tensor(progress.sums, device=world.device, dtype=torch.float32)
-        bad_step = torch.tensor(-1, device=world.device)
-        bar = _EpochBar(trainer, epoch)
-        batches = trainer.pipeline.epoch(epoch, progress.step - epoch * steps)
+        _train_epoch(trainer, module, stop)
+        row, *outcome = _validate(trainer, stop)
+        progress.history.append(row)
+        progress.sums = [0.0, 0.0, 0.0]
+        _save(trainer)
+        if not world.main:
+            continue
+        run_folder.write_metrics(trainer.output, progress.history)
+        if len(progress.history) == recipe.epochs or time.perf_counter() - last_curves > CURVES_SECONDS:
+            title = f"{trainer.name} on {Path(recipe.data.source).name}"
+            run_folder.write_curves(trainer.output, progress.history, title)
+            last_curves = time.perf_counter()
+        say(epoch_line(row, recipe.epochs))
+        for key, value in row.items():
+            if board is not None and isinstance(value, float):
+                board.add_scalar(key, value, progress.step)
+    if outcome is None:  # resumed after the last epoch
+        _, *outcome = _validate(trainer, stop)
+    return _finish(trainer, *outcome)
+
+
+def _train_epoch(trainer: Trainer, module: nn.Module, stop: "_StopSignals") -> None:
+    """The steps that are left of the epoch the run is in; saves on the way when it is time or a signal came."""
+    recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
+    epoch, steps = len(progress.history), trainer.pipeline.steps_per_epoch
+    trainer.model.train()
+    sums = torch.tensor(progress.sums, device=world.device)
+    bad_step = torch.tensor(-1, device=world.device)
+    batches = trainer.pipeline.epoch(epoch, progress.step - epoch * steps)
+    last_save = time.perf_counter()
+    with EpochBar(epoch, recipe.epochs, steps, progress.step, recipe.log_every, world.main) as bar:
         while progress.step < (epoch + 1) * steps:
             before = time.perf_counter()
             images, targets = next(batches)
-            fetched = time.perf_counter()
+            progress.waited += time.perf_counter() - before
             loss, correct = _step(trainer, module, images, targets)
             bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), progress.step, bad_step)
             sums += torch.stack([loss.new_tensor(len(images)), loss * len(images), correct])
             progress.step += 1
             progress.images += len(images) * world.size
-            progress.waited += fetched - before
-            bar.advance(sums)
+            bar.advance(sums, progress.images / max(progress.seconds, 1e-9), recipe.batch_size)
             now = time.perf_counter()
             progress.seconds += now - before
-            due = now - last_save > recipe.save_minutes * 60
-            if progress.step % AGREE_STEPS == 0 or world.size == 1:
-                stopping = world.largest(stop.number)
-                if world.largest(int(due)) or stopping:
-                    progress.sums = sums.tolist()
-                    _check_finite(trainer, bad_step)
-                    _save(trainer)
-                    last_save = time.perf_counter()
-                if stopping:
-                    _export(trainer)
-                    raise Stopped(stopping)
+            if progress.step % AGREE_STEPS and world.size > 1:
+                continue
+            stopping = world.largest(stop.number)
+            if stopping or world.largest(int(now - last_save > recipe.save_minutes * 60)):
+                _check_finite(trainer, bad_step)
+                progress.sums = world.sum(sums.clone()).tolist()
+                _save(trainer)
+                last_save = time.perf_counter()
+            if stopping:
+                _export(trainer)
+                raise Stopped(stopping)
         before = time.perf_counter()
         _check_finite(trainer, bad_step)  # waits for the device
         progress.seconds += time.perf_counter() - before
-        bar.close()
-        progress.sums = sums.tolist()
-        row, *outcome = _validate(trainer, epoch, stop)
-        progress.history.append(row)
-        progress.sums = [0.0, 0.0, 0.0]
-        _save(trainer)
-        last_save = time.perf_counter()
-        if world.main:
-            run_folder.write_metrics(trainer.output, progress.history)
-            final = len(progress.history) == recipe.epochs
-            if final or time.perf_counter() - last_curves > CURVES_SECONDS:
-                run_folder.write_curves(
-                    trainer.output, progress.history, f"{trainer.name} on {Path(recipe.data.source).name}"
-                )
-                last_curves = time.perf_counter()
-            _say(_epoch_line(row, recipe.epochs))
-            for key, value in row.items():
-                if board is not None and isinstance(value, float):
-                    board.add_scalar(key, value, progress.step)
-    if outcome is None:  # resumed after the last epoch
-        _, *outcome = _validate(trainer, recipe.epochs - 1, stop)
-    return _finish(trainer, *outcome)
+    progress.sums = world.sum(sums).tolist()
 
 
 def _step(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -293,9 +297,7 @@ def _step(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor) 
     return total, correct
 
 
-def _validate(
-    trainer: Trainer, epoch: int, stop: "_StopSignals"
-) -> tuple[dict[str, Any], Evaluation, Evaluation | None]:
+def _validate(trainer: Trainer, stop: "_StopSignals") -> tuple[dict[str, Any], Evaluation, Evaluation | None]:
     """Evaluate raw and averaged weights in float32 and make the epoch's row of metrics."""
     progress, world = trainer.progress, trainer.world
 
@@ -310,10 +312,9 @@ def _validate(
     with _full_float32():
         result = evaluate(trainer.model, batches(), world.sum)
         averaged = evaluate(trainer.ema.module, batches(), world.sum) if trainer.ema is not None else None
-    sums = world.sum(torch.tensor(progress.sums, device=world.device))
-    images, loss, correct = sums.tolist()
+    images, loss, correct = progress.sums
     row = {
-        "epoch": epoch + 1,
+        "epoch": progress.step // trainer.pipeline.steps_per_epoch,
         "step": progress.step,
         "train_loss": loss / max(images, 1),
         "train_top1": correct / max(images, 1),
@@ -377,10 +378,10 @@ def _resume(trainer: Trainer) -> None:
     step, tensors, facts, skipped = found
     for line in skipped:
         if trainer.world.main:
-            _say(f"skipped a state that does not verify: {line}")
+            say(f"skipped a state that does not verify: {line}")
     if step < 0:
         if trainer.world.main:
-            _say("no state verifies; starting again from the beginning")
+            say("no state verifies; starting again from the beginning")
         return
     trainer.model.load_state_dict(unprefixed("model.", tensors))
     if trainer.ema is not None:
@@ -389,8 +390,10 @@ def _resume(trainer: Trainer) -> None:
     if trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(facts["scaler"])
     trainer.progress = Progress(**facts["progress"])
-    if trainer.world.main:
-        _say(f"resumed at step {step}, after {len(trainer.progress.history)} finished epochs")
+    if not trainer.world.main:  # the sums are those of all processes; one goes on counting from them
+        trainer.progress.sums = [0.0, 0.0, 0.0]
+    else:
+        say(f"resumed at step {step}, after {len(trainer.progress.history)} finished epochs")
 
 
 def _export(trainer: Trainer) -> dict[str, str]:
@@ -429,7 +432,7 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -
     }
     if world.main:
         run_folder.write_results(trainer.output, results)
-        _say(_summary(trainer, results))
+        say(summary(trainer.output, results))
     world.barrier()
     return results
 
@@ -439,86 +442,6 @@ def _peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-# --- telling
-
-
-def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
-
-
-def _epoch_line(row: dict[str, Any], epochs: int) -> str:
-    ema = f" (EMA {100 * row['ema_top1']:.2f}%)" if "ema_top1" in row else ""
-    return (
-        f"epoch {row['epoch']}/{epochs}: training loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
-        f"top-1 {100 * row['val_top1']:.2f}%{ema}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
-    )
-
-
-def _summary(trainer: Trainer, results: dict[str, Any]) -> str:
-    folder = trainer.output
-    best = results[results.get("better", "raw")]
-    low, high = best["top1_interval"]
-    lines = [
-        "",
-        f"top-1 {100 * best['top1']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f}) "
-        f"on {best['images']} images, {results['train_seconds']:.0f} s of training, "
-        f"{results['train_images_per_second']:.0f} images/s, {results['peak_memory_bytes'] / 2**20:.0f} MiB at most",
-    ]
-    if "better" in results:
-        lines.append(f"better weights: {results['better']} (model.safetensors is raw, model_ema.safetensors is ema)")
-    lines += [
-        f"curves    {folder / 'curves.png'}",
-        f"load      timm.create_model('local-dir:{folder}', pretrained=True)  # after import timm, risotto_zoo",
-        f"evaluate  python -m training.evaluate local-dir:{folder}",
-        f"publish   hf upload ORG/NAME {folder} --exclude 'state/*'",
-    ]
-    return "\n".join(lines)
-
-
-class _EpochBar:
-    """A progress bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, trainer: Trainer, epoch: int) -> None:
-        self.trainer = trainer
-        self.terminal = sys.stderr.isatty()
-        steps = trainer.pipeline.steps_per_epoch
-        done = trainer.progress.step - epoch * steps
-        show = trainer.world.main and self.terminal
-        label = f"epoch {epoch + 1}/{trainer.recipe.epochs}"
-        self.bar = tqdm(
-            total=steps, initial=done, desc=label, unit="step", leave=False, disable=not show, dynamic_ncols=True
-        )
-
-    def advance(self, sums: Tensor) -> None:
-        self.bar.update()
-        trainer = self.trainer
-        step, every = trainer.progress.step, trainer.recipe.log_every
-        if not trainer.world.main or step % (10 if self.terminal else every):
-            return
-        images, loss, correct = sums.tolist()
-        rate = trainer.progress.images / max(trainer.progress.seconds, 1e-9)
-        total = trainer.recipe.epochs * trainer.pipeline.steps_per_epoch
-        left = (total - step) * trainer.recipe.batch_size / max(rate, 1e-9)
-        text = (
-            f"loss {loss / images:.4f}, top-1 {100 * correct / images:.1f}%, {rate:.0f} images/s, {_clock(left)} left"
-        )
-        if self.terminal:
-            self.bar.set_postfix_str(text, refresh=False)
-        else:
-            _say(f"step {step}/{total}: {text}")
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _tensorboard(trainer: Trainer) -> Any:
