@@ -1,6 +1,7 @@
 """Errors for people: one line that names the culprit and the mend, exit code 2, no traceback."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -23,9 +24,13 @@ def exits_cleanly(main: Callable[[], int | None]) -> Callable[[], None]:
     def command() -> None:
         try:
             code = main() or 0
+            sys.stdout.flush()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2
+        except BrokenPipeError:  # the reader of a pipe has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = 130

@@ -40,7 +40,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Evaluation:
-    """Evaluate a classifier in evaluation mode; the model's own mode is put back.
+    """Evaluate a classifier in evaluation mode, without TensorFloat-32; the model's own mode is put back.
 
     Args:
         model: Maps images (B, C, H, W) to logits (B, K).
@@ -53,18 +53,23 @@ def evaluate(
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    tf32 = [switch.allow_tf32 for switch in switches]
+    for switch in switches:  # float32 in full, so that everybody's numbers are the same
+        switch.allow_tf32 = False
     counts = torch.zeros(4, dtype=torch.float64)  # images, correct, correct in five, loss
     start = time.perf_counter()
     for images, targets in batches:
         logits = model(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
-        counts += torch.stack([loss.new_tensor(len(targets)), hits[:, 0].sum(), hits.sum(), loss]).cpu()
+        losses = F.cross_entropy(logits, targets, reduction="none").cpu().double()
+        counts += torch.stack([torch.tensor(len(targets)), hits[:, 0].sum().cpu(), hits.sum().cpu(), losses.sum()])
     model.train(was_training)
+    for switch, value in zip(switches, tf32, strict=True):
+        switch.allow_tf32 = value
     seconds = time.perf_counter() - start
-    # all_reduce of NCCL needs the device; MPS has no float64, and is never more than one process
-    counts = total(counts.to(device)).cpu() if device.type == "cuda" else total(counts)
+    counts = total(counts.to(device)).cpu() if device.type == "cuda" else total(counts)  # NCCL sums on the device
     images = int(counts[0])
     if images == 0:
         raise ValueError("there are no images to evaluate on")

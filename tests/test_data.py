@@ -87,6 +87,13 @@ def test_a_wrong_folder_is_one_line_and_code_2(damage, words, folder, command, t
         (["batch_size=100"], "batch_size 100 is more than the 48 training images"),
         (["init_from=local-dir:/no/where"], "/no/where"),
         (["init_from=https:nowhere"], "source"),
+        (["augment.shift=16"], "must be smaller than the images of 16 pixels"),
+        (["model_args={in_chans: 4}"], "in_chans is 4"),
+        (["data.holdout=0.001"], "leaves one part empty"),
+        (["data.pipeline=streaming", "augment={}", "data.loader={re_probe: 1}"], "takes no such argument"),
+        (["data.pipeline=streaming", "augment={}", "data.loader={auto_augment: foo}"], "data.loader"),
+        (["data.pipeline=streaming", "augment={}", "data.loader={batch_size: 3}"], "takes no such argument"),
+        (["optimizer={name: adamw, options: {betas: [0.9]}}"], "optimizer adamw"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_or_the_zoo(more, words, folder, command, tmp_path):

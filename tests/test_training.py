@@ -28,11 +28,18 @@ TINY = ["--set", "epochs=2", "--set", "data.image_size=8", "--set", "batch_size=
 
 
 def start(*args, env=None, **kwargs):
-    """The command as its own process, alone on one thread."""
+    """The command as its own process group, on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     command = [sys.executable, "-m", "training.train", *map(str, args)]
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **kwargs
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **kwargs,
     )
 
 
@@ -213,6 +220,61 @@ def test_a_truncated_state_is_skipped_and_none_left_means_from_the_beginning(und
     assert same(weights(folder), weights(reference))
 
 
+def test_new_states_are_kept_although_later_damaged_ones_lie_there(tmp_path):
+    from training.state import load_state, save_state
+
+    for step in (100, 200):
+        save_state(tmp_path, step, {"x": torch.ones(1)}, {})
+        (tmp_path / f"step-{step:09d}.json").write_text("{")
+    (tmp_path / "step-000000150.safetensors").write_text("killed between the two files of a state")
+    for step in (10, 20, 30):
+        save_state(tmp_path, step, {"x": torch.full((1,), float(step))}, {"note": step})
+    step, tensors, facts, skipped = load_state(tmp_path)
+    assert (step, tensors["x"].item(), facts, skipped) == (30, 30.0, {"note": 30}, [])
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_run_is_not_resumed_on_other_images(photo_folder, tmp_path, command):
+    folder = tmp_path / "photos"
+    shutil.copytree(photo_folder, folder)
+    settings = ["data.image_size=16", "batch_size=8", "epochs=2", "warmup_epochs=0", f"data.source={folder}"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    arguments = ["--recipe", "digits", *options, "--output", tmp_path / "run", "--device", "cpu"]
+    assert command(train.main, *arguments).code == 0
+    (tmp_path / "run" / "results.json").unlink()
+    (folder / "train" / "church" / "000.jpg").unlink()
+    result = command(train.main, *arguments)
+    assert result.code == 2 and "have changed since" in result.err
+
+
+@pytest.mark.parametrize("name", ["lamb", "adan", "lion", "adamw", "sgd", "muon"])
+def test_every_optimizer_resumes_exactly(name, tmp_path):
+    """Two steps, saved and restored into another optimizer, then a third of both: the same parameters."""
+    from training.optimization import build_optimizer
+    from training.state import flatten_optimizer, restore_optimizer
+
+    def net():
+        return timm.create_model("risotto_resnet20", seed=0)
+
+    def step(model, optimizer, seed):
+        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    recipe = load_recipe("digits", [f"optimizer={{name: {name}, lr: 0.001, momentum: 0.9}}"])
+    one, other = net(), net()
+    first, second = build_optimizer(one, recipe), build_optimizer(other, recipe)
+    for seed in (1, 2):
+        step(one, first, seed)
+    tensors, plain = flatten_optimizer(first)
+    other.load_state_dict(one.state_dict())
+    restore_optimizer(second, {key: value.clone() for key, value in tensors.items()}, json.loads(json.dumps(plain)))
+    step(one, first, 3)
+    step(other, second, 3)
+    assert same(one.state_dict(), other.state_dict())
+
+
 def test_a_non_finite_loss_stops_with_code_3_and_keeps_the_last_good_state(command, tmp_path):
     options = ["--recipe", "digits", *TINY, "--set", "optimizer.name=sgd", "--set", "optimizer.lr=1e20"]
     result = command(train.main, *options, "--output", tmp_path / "run", "--device", "cpu")
@@ -273,7 +335,12 @@ def test_settings_train_and_give_a_plain_model(settings, command, tmp_path):
     history = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
     assert float(history[1]["train_loss"]) < float(history[0]["train_loss"]) < 2.6
     if "tensorboard=true" in settings:
-        assert any((tmp_path / "run" / "tensorboard").iterdir())
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+        assert [scalar.value for scalar in events.Scalars("val_top1")] == pytest.approx(
+            [float(row["val_top1"]) for row in history]
+        )
 
 
 @pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet50_cifar"])
@@ -322,8 +389,10 @@ def test_layer_decay_gives_early_layers_smaller_steps(finished, command, tmp_pat
     assert moved["layer1.0.conv1.weight"] < 0.1 * moved["layer3.2.conv1.weight"]
 
 
-def test_streaming_trains_on_a_folder_and_resumes_exactly(photo_folder, tmp_path, command):
-    settings = ["data.pipeline=streaming", "data.image_size=16", "data.workers=0", "batch_size=16", "epochs=2"]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_trains_on_a_folder_and_resumes_exactly(workers, photo_folder, tmp_path, command):
+    settings = ["data.pipeline=streaming", "data.image_size=16", f"data.workers={workers}", "batch_size=8", "epochs=2"]
+    settings += ["save_minutes=1e-6"]
     settings += ["augment.shift=0", "augment.crop_scale=[0.5, 1.0]", "augment.mixup=0.2", "warmup_epochs=0"]
     settings += [f"data.source={photo_folder}", "model_args={in_chans: 3}", "data.loader={re_prob: 0.2}"]
     options = [word for setting in settings for word in ("--set", setting)]
@@ -331,6 +400,28 @@ def test_streaming_trains_on_a_folder_and_resumes_exactly(photo_folder, tmp_path
         result = command(train.main, "--recipe", "digits", *options, "--output", tmp_path / name, "--device", "cpu")
         assert result.code == 0, result.err
     assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    # interrupted in the second epoch, between two steps
+    process = start("--recipe", "digits", *options, "--set", "log_every=1", "--output", tmp_path / "three")
+    for line in process.stderr:
+        if "step 9/" in line:
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and "Traceback" not in err, err
+    result = command(
+        train.main,
+        "--recipe",
+        "digits",
+        *options,
+        "--set",
+        "log_every=1",
+        "--output",
+        tmp_path / "three",
+        "--device",
+        "cpu",
+    )
+    assert result.code == 0 and "resumed at step" in result.err
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "three"))
     streamed = json.loads((tmp_path / "one" / "results.json").read_text())["raw"]
     result = command(evaluate.main, f"local-dir:{tmp_path / 'one'}", "--device", "cpu")
     assert result.code == 0 and f"{100 * streamed['top1']:.2f}%" in result.out

@@ -117,13 +117,13 @@ def input_rows(args: argparse.Namespace) -> list[Row]:
             "resident": {"augment": {"flip": True, "shift": 4}, "batch_size": args.batch},
             "streaming": {"augment": {"flip": True}, "batch_size": args.batch},
         }
-        peer = _torchvision_epoch(source, args, world.device)
-        rows, waits = [], []
+        rows, waits, peer = [], [], None
         for kind, settings in recipes.items():
             data = {"source": str(source), "pipeline": kind, "image_size": args.size, "workers": args.workers}
             recipe = validate({**settings, "data": data}, "benchmark")
             config = {**timm.get_pretrained_cfg(recipe.model).to_dict(), "input_size": (3, args.size, args.size)}
-            pipeline = build_pipeline(recipe, View.of(config), world)
+            pipeline = build_pipeline(recipe, View.of(config), world)  # says what is wrong with the data, if anything
+            peer = peer or _torchvision_epoch(source, args, world.device)
             images = pipeline.steps_per_epoch * args.batch
             label = f"{kind} pipeline, {images} images of {args.size} px"
 
@@ -157,6 +157,8 @@ def _wait_share(recipe: Recipe, pipeline: object, world: World) -> float:
             torch.cuda.synchronize()
         if step:  # the first step warms up
             waited, worked = waited + fetched - start, worked + time.perf_counter() - fetched
+    if not worked:
+        raise UserError("one batch is the whole epoch; set a smaller --batch")
     return waited / (waited + worked)
 
 

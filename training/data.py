@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from risotto_zoo.errors import UserError
@@ -109,7 +110,8 @@ def load_set(
     reader = open_source(source, training, split, root)
     side = size or view.input_size[1]
     _check_memory(len(reader.samples), channels * side * side, psutil.virtual_memory().available, source)
-    key = _cache_key(reader, {"size": size, "channels": channels, **asdict(view), "mean": None, "std": None})
+    part = {"training": training, "split": split, "root": root}
+    key = _cache_key(reader, {**part, "size": size, **asdict(view), "mean": None, "std": None})
     cached = _read_cache(key)
     if cached is not None:
         return cached
@@ -148,7 +150,7 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
     """
     if source.startswith(TIMM_SCHEMES):
         dataset = timm_dataset(source, training, split, root)
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        if isinstance(dataset, IterableDataset):
             raise UserError(f"{source} can only be read in order; set data.pipeline to streaming")
         classes = getattr(getattr(dataset, "dataset", dataset), "classes", None) or _class_names(dataset)
         return Source(source, list(range(len(dataset))), list(classes), dataset, Path(root) if root else None)
@@ -288,10 +290,13 @@ def _cache_key(source: Source, settings: dict[str, Any]) -> str:
 
     def fingerprint(path: str) -> bytes:
         try:
-            content = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+            with open(path, "rb") as file:
+                content = hashlib.blake2b(digest_size=16)
+                while block := file.read(1 << 20):
+                    content.update(block)
         except OSError:  # a dangling link, say: it is named when it is decoded
-            content = b"unreadable"
-        return os.fsencode(path) + b"\0" + content
+            return os.fsencode(path) + b"\0unreadable"
+        return os.fsencode(path) + b"\0" + content.digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for part in pool.map(fingerprint, files, chunksize=64):

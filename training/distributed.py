@@ -2,12 +2,16 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from risotto_zoo.errors import UserError
+
+PATIENCE = timedelta(hours=1)  # that the others have while the first one decodes the images
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,23 @@ def join_world(device: str | None) -> World:
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     chosen = choose_device(device)
     if chosen.type == "cuda" and size > 1:
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # Restarted processes find the same store again, and in it the addresses of those that died.
+        store, rank, size = next(rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt-{restarts()}", store)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         return World(dist.get_rank(), dist.get_world_size(), chosen)
     return World(0, 1, chosen)
+
+
+def restarts() -> int:
+    """How often torchrun has restarted this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def leave_world() -> None:
@@ -73,7 +88,7 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device {name!r} is not available on this machine; --device cpu always is") from None
     return device

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from risotto_zoo.checkpoints import model_config, save_model
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import Evaluation, evaluate
-from risotto_zoo.models import create_model
+from risotto_zoo.models import create_model, saved_arguments
 
 from . import run_folder
 from .augment import stream
@@ -82,7 +82,8 @@ class Trainer:
 
     @property
     def config(self) -> dict[str, Any]:
-        args = {key: value for key, value in self.recipe.model_args.items() if key not in ("seed", "num_classes")}
+        given = {**saved_arguments(self.recipe.init_from), **self.recipe.model_args}
+        args = {key: value for key, value in given.items() if key not in ("seed", "num_classes", "in_chans")}
         return model_config(self.model, self.pipeline.classes, asdict(self.view), args)
 
 
@@ -97,15 +98,22 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
     if world.main:
         run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
     trainer = build(recipe, output, world)
-    try:
-        if world.main:
+    if world.main:
+        with _writing(output):
             run_folder.begin(output, recipe, overwrite)
-        world.barrier()
-        _resume(trainer)
-        return _loop(trainer, _StopSignals())
+    world.barrier()
+    _resume(trainer)
+    return _loop(trainer, _StopSignals())
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """A full disk or a folder gone read-only, in one line."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
-            f"{output} could not be written ({error.strerror}); the last good state is kept. "
+            f"{output} could not be written ({error.strerror or error}); the last good state is kept. "
             "Make room and run the same command again"
         ) from None
 
@@ -179,7 +187,11 @@ def _registered_config(name: str) -> dict[str, Any]:
 def _view(recipe: Recipe, config: dict[str, Any]) -> View:
     resolved = resolve_data_config(pretrained_cfg=config, use_test_size=False, verbose=False)
     side = recipe.data.image_size or resolved["input_size"][1]
-    channels = recipe.model_args.get("in_chans") or resolved["input_size"][0]
+    channels = recipe.model_args.get("in_chans", resolved["input_size"][0])
+    if channels not in (1, 3):
+        raise UserError(f"model_args.in_chans is {channels}, but images have 1 (grey) or 3 (RGB) channels")
+    if recipe.augment.shift >= side or recipe.augment.cutout > side:
+        raise UserError(f"augment: shift and cutout must be smaller than the images of {side} pixels")
     crop = recipe.data.crop_pct if recipe.data.crop_pct is not None else resolved["crop_pct"]
     return View.of({**resolved, "input_size": (channels, side, side), "crop_pct": crop})
 
@@ -210,15 +222,18 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
         _save(trainer)
         if not world.main:
             continue
-        run_folder.write_metrics(trainer.output, progress.history)
-        if len(progress.history) == recipe.epochs or time.perf_counter() - last_curves > CURVES_SECONDS:
-            title = f"{trainer.name} on {Path(recipe.data.source).name}"
-            run_folder.write_curves(trainer.output, progress.history, title)
-            last_curves = time.perf_counter()
+        with _writing(trainer.output):
+            run_folder.write_metrics(trainer.output, progress.history)
+            if len(progress.history) == recipe.epochs or time.perf_counter() - last_curves > CURVES_SECONDS:
+                title = f"{trainer.name} on {Path(recipe.data.source).name}"
+                run_folder.write_curves(trainer.output, progress.history, title)
+                last_curves = time.perf_counter()
+            _export(trainer)
+            if board is not None:
+                for key, value in row.items():
+                    board.add_scalar(key, value, progress.step)
+                board.flush()
         say(epoch_line(row, recipe.epochs))
-        for key, value in row.items():
-            if board is not None and isinstance(value, float):
-                board.add_scalar(key, value, progress.step)
     if outcome is None:  # resumed after the last epoch
         _, *outcome = _validate(trainer, stop)
     return _finish(trainer, *outcome)
@@ -229,6 +244,9 @@ def _train_epoch(trainer: Trainer, module: nn.Module, stop: "_StopSignals") -> N
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
     epoch, steps = len(progress.history), trainer.pipeline.steps_per_epoch
     trainer.model.train()
+    for layer in trainer.model.modules():  # frozen layers keep their running statistics, too
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.weight.requires_grad:
+            layer.eval()
     sums = torch.tensor(progress.sums, device=world.device)
     bad_step = torch.tensor(-1, device=world.device)
     batches = trainer.pipeline.epoch(epoch, progress.step - epoch * steps)
@@ -246,6 +264,8 @@ def _train_epoch(trainer: Trainer, module: nn.Module, stop: "_StopSignals") -> N
             bar.advance(sums, progress.images / max(progress.seconds, 1e-9), recipe.batch_size)
             now = time.perf_counter()
             progress.seconds += now - before
+            if progress.step % recipe.log_every == 0:
+                _check_finite(trainer, bad_step)
             if progress.step % AGREE_STEPS and world.size > 1:
                 continue
             stopping = world.largest(stop.number)
@@ -309,9 +329,11 @@ def _validate(trainer: Trainer, stop: "_StopSignals") -> tuple[dict[str, Any], E
                 raise Stopped(stop.number)
             yield batch
 
-    with _full_float32():
-        result = evaluate(trainer.model, batches(), world.sum)
-        averaged = evaluate(trainer.ema.module, batches(), world.sum) if trainer.ema is not None else None
+    nets = [trainer.model] + ([trainer.ema.module] if trainer.ema is not None else [])
+    if world.size > 1:  # one net for all: running statistics are each process's own while training
+        for net in nets:
+            distribute_bn(net, world.size, reduce=True)
+    result, averaged = [*(evaluate(net, batches(), world.sum) for net in nets), None][:2]
     images, loss, correct = progress.sums
     row = {
         "epoch": progress.step // trainer.pipeline.steps_per_epoch,
@@ -330,22 +352,12 @@ def _validate(trainer: Trainer, stop: "_StopSignals") -> tuple[dict[str, Any], E
     return row, result, averaged
 
 
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TensorFloat-32: the numbers of a run are those that anybody's evaluation gives."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
-
-
 def _check_finite(trainer: Trainer, bad_step: Tensor) -> None:
-    step = trainer.world.largest(int(bad_step))
+    """Stop before anything is saved if a loss, or a weight by now, is not a number."""
+    step = int(bad_step)
+    if step < 0 and not all(p.isfinite().all() for p in trainer.model.parameters()):
+        step = trainer.progress.step - 1
+    step = trainer.world.largest(step)
     if step < 0:
         return
     trainer.scheduler.step_update(step)
@@ -367,8 +379,14 @@ def _save(trainer: Trainer) -> None:
     tensors |= prefixed("model.", trainer.model)
     if trainer.ema is not None:
         tensors |= prefixed("ema.", trainer.ema.module)
-    facts = {"progress": asdict(trainer.progress), "optimizer": plain, "scaler": trainer.scaler.state_dict()}
-    save_state(trainer.output / "state", trainer.progress.step, tensors, facts)
+    facts = {
+        "data": _data_facts(trainer),
+        "progress": asdict(trainer.progress),
+        "optimizer": plain,
+        "scaler": trainer.scaler.state_dict(),
+    }
+    with _writing(trainer.output):
+        save_state(trainer.output / "state", trainer.progress.step, tensors, facts)
 
 
 def _resume(trainer: Trainer) -> None:
@@ -383,6 +401,11 @@ def _resume(trainer: Trainer) -> None:
         if trainer.world.main:
             say("no state verifies; starting again from the beginning")
         return
+    if facts["data"] != _data_facts(trainer):
+        raise UserError(
+            f"the images or classes of {trainer.recipe.data.source} have changed since {trainer.output} was begun; "
+            "pass --overwrite to start again"
+        )
     trainer.model.load_state_dict(unprefixed("model.", tensors))
     if trainer.ema is not None:
         trainer.ema.module.load_state_dict(unprefixed("ema.", tensors))
@@ -396,6 +419,10 @@ def _resume(trainer: Trainer) -> None:
         say(f"resumed at step {step}, after {len(trainer.progress.history)} finished epochs")
 
 
+def _data_facts(trainer: Trainer) -> list[Any]:
+    return [trainer.pipeline.train_size, trainer.pipeline.steps_per_epoch, trainer.pipeline.classes]
+
+
 def _export(trainer: Trainer) -> dict[str, str]:
     """Write the weights as plain model files; returns their hashes by name."""
     if not trainer.world.main:
@@ -405,7 +432,8 @@ def _export(trainer: Trainer) -> dict[str, str]:
         files["model_ema.safetensors"] = trainer.ema.module
     hashes = {}
     for name, model in files.items():
-        hashes[name] = save_model(trainer.output, folded_state(model), trainer.config, name)
+        with _writing(trainer.output):
+            hashes[name] = save_model(trainer.output, folded_state(model), trainer.config, name)
     return hashes
 
 
@@ -431,7 +459,8 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -
         "sha256": hashes,
     }
     if world.main:
-        run_folder.write_results(trainer.output, results)
+        with _writing(trainer.output):
+            run_folder.write_results(trainer.output, results)
         say(summary(trainer.output, results))
     world.barrier()
     return results

@@ -41,6 +41,9 @@ def main() -> None:
     images = _images(args, view)
     if len(images.classes) != model.num_classes:
         raise UserError(f"{args.model} knows {model.num_classes} classes, but the data has {len(images.classes)}")
+    names = model.pretrained_cfg.get("label_names")
+    if names and list(names) != images.classes:
+        print("note: the class names of the data are not the model's; they are matched by position", file=sys.stderr)
     if images.unreadable:
         print(f"{len(images.unreadable)} images could not be read and are left out:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in images.unreadable), file=sys.stderr)

@@ -35,8 +35,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return create_optimizer_v2(
             groups, opt=settings.name, lr=settings.lr, weight_decay=0.0, momentum=settings.momentum, **options
         )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optimizer {settings.name}: {error}") from None
+    except Exception as error:  # a hundred optimizers, each refusing in its own way
+        raise UserError(f"optimizer {settings.name}: {str(error) or type(error).__name__}") from None
 
 
 def _orthogonalize_in(device: torch.device) -> None:

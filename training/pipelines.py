@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -9,12 +10,15 @@ import timm.data
 import timm.utils
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from risotto_zoo.errors import UserError, did_you_mean
+from risotto_zoo.images import UnreadableImage, read_image
 
 from .augment import Draw, augmented, draw, mixed, stream
+from .console import say
 from .data import TIMM_SCHEMES, ImageSet, View, check_device_memory, load_set, open_source, timm_dataset
 from .distributed import World
 from .recipe import Data, Recipe
@@ -45,7 +49,7 @@ def build_pipeline(recipe: Recipe, view: View, world: World) -> Pipeline:
 def validation_batches(images: ImageSet, view: View, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized batches of every world.size-th image, beginning at world.rank."""
     mean, std = _statistics(view, world.device)
-    for part in torch.arange(world.rank, len(images), world.size).split(EVAL_BATCH):
+    for part in torch.arange(len(images))[world.rank :: world.size].split(EVAL_BATCH):
         batch = images.images[part].to(world.device).float() / 255
         yield (batch - mean[:, None, None]) / std[:, None, None], images.targets[part].to(world.device)
 
@@ -61,6 +65,8 @@ def resident_sets(data: Data, view: View, progress: bool = True) -> tuple[ImageS
     if data.holdout:
         order = torch.randperm(len(train), generator=stream("holdout"))
         held = round(data.holdout * len(train))
+        if held == 0 or held == len(train):
+            raise UserError(f"data.holdout: {data.holdout} of {len(train)} images leaves one part empty")
         val, train = train.subset(order[:held]), train.subset(order[held:])
         if data.stored_size is not None:
             val.images = _resized(val.images, view.input_size[1])
@@ -123,7 +129,8 @@ class Streaming:
     def __init__(self, recipe: Recipe, view: View, world: World) -> None:
         data = recipe.data
         self.recipe, self.view, self.world = recipe, view, world
-        known = inspect.signature(timm.data.create_loader).parameters
+        ours = {"dataset", "input_size", "batch_size", "is_training", "worker_seeding"}
+        known = inspect.signature(timm.data.create_loader).parameters.keys() - ours
         for key in data.loader:
             if key not in known:
                 hint = did_you_mean(key, known)
@@ -134,6 +141,10 @@ class Streaming:
         self.unreadable: list[str] = []  # timm's readers warn of each image they skip
         self.train_size, self.val_size = len(self.train), len(self.val)
         self.batch, self.steps_per_epoch = _batch_plan(recipe, self.train_size, world)
+        try:
+            self._training_loader(self.train)
+        except Exception as error:  # timm checks its arguments in many places
+            raise UserError(f"data.loader: {str(error) or type(error).__name__}") from None
 
     def _open(self, training: bool, split: str) -> Dataset:
         data, channels = self.recipe.data, self.view.input_size[0]
@@ -149,7 +160,7 @@ class Streaming:
             if source.dataset is not None:
                 source.dataset.input_img_mode = mode["input_img_mode"]
                 return source.dataset
-            return timm.data.create_dataset("", root=str(source.root), **mode)
+            return ImageFiles(source.samples, channels, training)
         batch = self.recipe.batch_size // self.world.size
         options = {"is_training": training, "batch_size": batch, "seed": self.recipe.seed, **mode}
         dataset = timm_dataset(data.source, training, split, data.root, **options)
@@ -169,10 +180,7 @@ class Streaming:
         else:
             order = torch.randperm(self.train_size, generator=stream(recipe.seed, "order", epoch))
             part = _Part(part, order[world.rank : self.steps_per_epoch * self.batch : world.size].tolist())
-        options: dict[str, Any] = {"hflip": 0.5 if recipe.augment.flip else 0.0}
-        if recipe.augment.crop_scale is not None:
-            options["scale"] = recipe.augment.crop_scale
-        loader = self._loader(part, self.batch // world.size, True, {**options, **recipe.data.loader})
+        loader = self._training_loader(part)
         mixes = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
         batches = itertools.chain.from_iterable(itertools.repeat(loader))  # again, should a reader run short
         for step in range(self.steps_per_epoch):
@@ -191,12 +199,23 @@ class Streaming:
                 targets = targets * portion[:, None] + targets[draws.partner] * (1 - portion[:, None])
             yield images, targets
 
+    def _training_loader(self, part: Dataset) -> Iterable:
+        augment = self.recipe.augment
+        options: dict[str, Any] = {"hflip": 0.5 if augment.flip else 0.0}
+        if augment.crop_scale is not None:
+            options["scale"] = augment.crop_scale
+        return self._loader(part, self.batch // self.world.size, True, {**options, **self.recipe.data.loader})
+
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        part = self.val
+        part, missing = self.val, 0
         if not isinstance(part, IterableDataset):
             part = _Part(part, list(range(self.world.rank, self.val_size, self.world.size)))
         for images, targets in self._loader(part, EVAL_BATCH, False, {}):
-            yield images.to(self.world.device), targets.to(self.world.device)
+            readable = targets >= 0
+            missing += int((~readable).sum())
+            yield images[readable].to(self.world.device), targets[readable].to(self.world.device)
+        if missing:
+            say(f"{missing} validation images could not be read and are left out")
 
     def _loader(self, dataset: Dataset, batch: int, training: bool, options: dict[str, Any]) -> Iterable:
         view = self.view
@@ -211,8 +230,39 @@ class Streaming:
             "pin_memory": self.world.device.type == "cuda",
             "device": self.world.device,
             "persistent_workers": False,
+            "worker_seeding": _seed_worker,
         }
         return timm.data.create_loader(dataset, view.input_size, batch, training, **{**settings, **options})
+
+
+def _seed_worker(info: Any) -> int:
+    """Runs in each loader process: signals are the trainer's business, which still needs its workers to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return info.seed
+
+
+class ImageFiles(Dataset):
+    """Listed image files, read as everywhere here. An unreadable one is named; in training the next takes its place,
+    in validation it comes as a black image of class -1."""
+
+    def __init__(self, samples: list[tuple[str, int]], channels: int, training: bool) -> None:
+        self.samples, self.channels, self.training = samples, channels, training
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        for step in range(len(self.samples)):
+            path, target = self.samples[(index + step) % len(self.samples)]
+            try:
+                return self.transform(read_image(path, self.channels)), target
+            except UnreadableImage as error:
+                say(f"left out {path} ({error})")
+                if not self.training:
+                    return self.transform(Image.new("L" if self.channels == 1 else "RGB", (8, 8))), -1
+        raise UserError("none of the training images can be read")
 
 
 class _Part(Subset):

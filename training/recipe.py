@@ -148,6 +148,10 @@ class Recipe(Section):
                 and (self.optimizer.other_lr is not None or self.optimizer.alpha_lr is not None),
                 "optimizer: layer_decay sets the learning rate of every layer; leave other_lr and alpha_lr out",
             ),
+            (
+                self.optimizer.layer_decay is not None and self.weight_standardization,
+                "optimizer: layer_decay does not go with weight_standardization",
+            ),
             (self.freeze and self.init_from is None, "freeze without init_from would freeze random weights"),
             (
                 self.data.pipeline == "streaming" and (self.augment.shift or self.augment.cutout),
@@ -189,7 +193,7 @@ def load_recipe(name_or_file: str, settings: list[str] | None = None) -> Recipe:
             raise UserError(f"--set {setting}: write it as key=value, such as --set optimizer.lr=0.01")
         try:
             _assign(values, key.split("."), _parse(text))
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
     return validate(values, str(path))
 
@@ -240,7 +244,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: base goes round in a circle")
     try:
         values = _parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not valid YAML") from None

@@ -20,6 +20,16 @@ from risotto_zoo.files import write_atomically
 
 from .recipe import Recipe, dump
 
+FILES = (
+    "results.json",
+    "model.safetensors",
+    "model_ema.safetensors",
+    "config.json",
+    "metrics.csv",
+    "curves.png",
+    "recipe.yaml",
+)
+
 
 def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
     """Make sure that `folder` can be written and is free for this recipe, or holds an unfinished run of it.
@@ -31,7 +41,7 @@ def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
     """
     if folder.is_file():
         raise UserError(f"output {folder} is a file; name a folder with --output")
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
     if used and not (folder / "recipe.yaml").is_file():
         raise UserError(f"output folder {folder} is not empty and holds no run; choose another with --output")
     if used and not overwrite:
@@ -57,9 +67,8 @@ def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
         for name in ("state", "tensorboard"):
             for path in (folder / name).glob("*"):
                 path.unlink()
-        for path in folder.glob("*"):
-            if path.suffix in (".json", ".csv", ".png", ".yaml", ".safetensors"):
-                path.unlink()
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
     write_atomically(folder / "recipe.yaml", f"{_versions()}{dump(recipe)}".encode())
 
 

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from risotto_zoo.errors import UserError
 from risotto_zoo.files import sha256, write_atomically
 
 KEEP = 2
@@ -32,11 +33,11 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[
     record = {"step": step, "sha256": sha256(data), "facts": facts}
     record["checksum"] = _checksum(record)
     write_atomically(folder / f"{stem}.json", json.dumps(record).encode())
-    for old in sorted(folder.glob("step-*.json"))[:-KEEP]:
-        old.unlink(missing_ok=True)
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink(missing_ok=True)
+    # Later states than this one are damaged ones that were skipped; they must not count among those kept.
+    kept = [path.stem for path in sorted(folder.glob("step-*.json")) if path.stem <= stem][-KEEP:]
+    for path in folder.iterdir():
+        if path.stem not in kept:
+            path.unlink(missing_ok=True)
 
 
 def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any], list[str]] | None:
@@ -61,29 +62,49 @@ def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any], li
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state as tensors by name and plain values: {index: {key: value}}."""
+    """The optimizer's state as tensors by name, and the rest: plain values by parameter index, settings by group.
+
+    Raises:
+        UserError: If the optimizer keeps anything else, which a resumed run would lack.
+    """
     tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for key, value in values.items():
+    values: dict[str, dict[str, Any]] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                values.setdefault(str(index), {})[key] = value
             else:
-                plain.setdefault(str(index), {})[key] = value
-    return tensors, plain
+                raise UserError(f"optimizer {type(optimizer).__name__} keeps state that cannot be saved; use another")
+    groups: list[dict[str, Any]] = []
+    for index, group in enumerate(optimizer.param_groups):
+        groups.append({})
+        for key, value in group.items():
+            if isinstance(value, Tensor):  # some optimizers count their steps by group
+                tensors[f"group.{index}.{key}"] = value
+            elif isinstance(value, (bool, int, float)) and "lr" not in key:
+                groups[-1][key] = value
+    return tensors, {"values": values, "groups": groups}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    """Put back what `flatten_optimizer` gave; the groups' settings are the recipe's and the schedule's."""
+    """Put back what `flatten_optimizer` gave; learning rates are the schedule's."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in plain.items()}
+    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in plain["values"].items()}
     for name, value in unprefixed("optimizer.", tensors).items():
         index, _, key = name.partition(".")
         like = parameters[int(index)]
-        if value.shape == like.shape:  # in the parameter's memory format, or the next step rounds differently
+        # In the parameter's memory format, or the next step rounds differently.
+        if key != "step" and value.shape == like.shape:
             value = torch.empty_like(like, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group, saved in zip(optimizer.param_groups, plain["groups"], strict=True):
+        group.update(saved)
+    for name, value in unprefixed("group.", tensors).items():
+        index, _, key = name.partition(".")
+        optimizer.param_groups[int(index)][key] = value
 
 
 def prefixed(prefix: str, module: nn.Module) -> dict[str, Tensor]:

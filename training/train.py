@@ -5,9 +5,11 @@ import signal
 import sys
 from pathlib import Path
 
-from risotto_zoo.errors import exits_cleanly
+import torch
 
-from .distributed import join_world, leave_world
+from risotto_zoo.errors import UserError, exits_cleanly
+
+from .distributed import join_world, leave_world, restarts
 from .engine import DIVERGED, Diverged, Stopped, train
 from .recipe import load_recipe, recipe_names
 
@@ -39,10 +41,13 @@ def main() -> int:
     recipe = load_recipe(args.recipe, settings)
     output = args.output or Path("runs") / Path(args.recipe).stem
     try:
-        train(recipe, output, join_world(args.device), args.overwrite, args.resume)
+        # After a restart by torchrun, what lies in the folder is this run's own.
+        train(recipe, output, join_world(args.device), args.overwrite and restarts() == 0, args.resume)
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return DIVERGED
+    except torch.OutOfMemoryError:
+        raise UserError("the device is out of memory; set a smaller batch_size or a larger accumulate") from None
     except Stopped as stopped:
         number = int(stopped.args[0])
         print(f"stopped by {signal.Signals(number).name}; the same command goes on from here", file=sys.stderr)

@@ -35,6 +35,6 @@ def he_(model: nn.Module, alpha: float = 1.0, generator: torch.Generator | None 
 
 def _normal_(layer: nn.Conv2d | nn.Linear, std: float, generator: torch.Generator | None) -> None:
     # Drawn in the parameter's shape on the CPU, so that the device of the model does not change the weights.
-    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * std)
+    layer.weight.copy_(torch.randn(layer.weight.shape, device="cpu", generator=generator) * std)
     if layer.bias is not None:
         layer.bias.zero_()

@@ -13,7 +13,7 @@ def semi_orthogonal(rows: int, cols: int, generator: torch.Generator | None = No
     drawn directly: the same distribution at half the cost.
     """
     tall, narrow = max(rows, cols), min(rows, cols)
-    x = torch.randn(tall, narrow, dtype=torch.float64, generator=generator).tril_()
+    x = torch.randn(tall, narrow, dtype=torch.float64, device="cpu", generator=generator).tril_()
     top = x.diagonal().clone()
     r = torch.where(top < 0, 1.0, -1.0) * x.norm(dim=0)  # R's diagonal: each column is reflected onto r e_1
     q = torch.linalg.householder_product(x / (top - r), (r - top) / r)
@@ -28,10 +28,10 @@ def signed_permutation(size: int, generator: torch.Generator | None = None) -> T
 
 def signed_selection(rows: int, cols: int, generator: torch.Generator | None = None) -> Tensor:
     """`rows` distinct coordinates out of `cols` in random order with random signs, shape (rows, cols), float64."""
-    chosen = torch.randperm(cols, generator=generator)[:rows]
-    signs = 1 - 2 * torch.randint(2, (rows,), generator=generator).double()
-    selection = torch.zeros(rows, cols, dtype=torch.float64)
-    selection[torch.arange(rows), chosen] = signs
+    chosen = torch.randperm(cols, device="cpu", generator=generator)[:rows]
+    signs = 1 - 2 * torch.randint(2, (rows,), device="cpu", generator=generator).double()
+    selection = torch.zeros(rows, cols, dtype=torch.float64, device="cpu")
+    selection[torch.arange(rows, device="cpu"), chosen] = signs
     return selection
 
 

@@ -70,7 +70,7 @@ def identity_basic_block(channels: int, alpha: float, generator: Rng = None) -> 
     """
     p = signed_permutation(channels // 2, generator)
     m = looks_linear(semi_orthogonal(channels // 2, channels // 2, generator))
-    return [looks_linear(p), _columns_permuted(m - torch.eye(channels, dtype=torch.float64), p) / alpha]
+    return [looks_linear(p), _columns_permuted(m - torch.eye(channels).to(m), p) / alpha]
 
 
 def identity_bottleneck_block(channels: int, width: int, alpha: float, generator: Rng = None) -> list[Tensor]:
@@ -88,8 +88,8 @@ def identity_bottleneck_block(channels: int, width: int, alpha: float, generator
     chain = p2 @ p1
     chosen = chain.abs().argmax(dim=1)
     signs = torch.diag(chain.sum(dim=1))
-    rotation = _columns_permuted(m - torch.eye(width, dtype=torch.float64), signs) / alpha
-    w3 = torch.zeros(channels, width, dtype=torch.float64)
+    rotation = _columns_permuted(m - torch.eye(width).to(m), signs) / alpha
+    w3 = m.new_zeros(channels, width)
     w3[torch.cat([chosen, chosen + channels // 2])] = rotation
     return [looks_linear(p1), looks_linear(p2), w3]
 

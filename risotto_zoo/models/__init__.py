@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
 from risotto_zoo.errors import UserError, did_you_mean
@@ -12,7 +13,7 @@ from . import variants
 from .blocks import BasicBlock, Bottleneck
 from .resnet import RisottoResNet
 
-__all__ = ["BasicBlock", "Bottleneck", "RisottoResNet", "create_model", "variants"]
+__all__ = ["BasicBlock", "Bottleneck", "RisottoResNet", "create_model", "saved_arguments", "variants"]
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -23,8 +24,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     """
     try:
         source, architecture = timm.models.parse_model_name(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except (ValueError, AssertionError) as error:
+        raise UserError(str(error) or f"model name {name!r} has an unknown source") from None
     if source is None and not timm.is_model(architecture.split(".")[0]):
         raise UserError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
     if source == "local-dir" and pretrained and not (Path(architecture) / "model.safetensors").is_file():
@@ -34,3 +35,11 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     except Exception as error:  # the net, timm, safetensors and the Hub's client each raise their own kinds
         reason = str(error).split("\n")[0].replace("RisottoResNet.__init__() got", "the model got")
         raise UserError(f"model {name}: {reason or type(error).__name__}") from None
+
+
+def saved_arguments(name: str | None) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that a model folder or Hub repository was saved with; none for other names."""
+    source, _, place = (name or "").partition(":")
+    if source == "local-dir":
+        return load_model_config_from_path(place)[2]
+    return load_model_config_from_hf(place)[2] if source == "hf-hub" else {}
