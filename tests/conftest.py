@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config, items):
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if "data" in item.keywords and not CIFAR.is_dir():
-            item.add_marker(pytest.mark.skip(reason=f"{CIFAR} is not there; see the README's section on data"))
+            item.add_marker(pytest.mark.skip(reason=f"{CIFAR} is not there; see Data in README.md"))
 
 
 @pytest.fixture(autouse=True)

@@ -95,6 +95,20 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path):
     assert result.code == 0 and "risotto_resnet20_bn" in result.out
 
 
+def test_generated_tables_are_fresh(command):
+    from training import tables
+
+    assert command(tables.main, "--check").code == 0
+
+
+def test_a_stale_table_is_told(command, monkeypatch):
+    from training import tables
+
+    monkeypatch.setattr(tables, "main_table", lambda: "| other |")
+    result = command(tables.main, "--check")
+    assert result.code == 2 and result.err.startswith("error: stale: README.md")
+
+
 def test_ci_runs_the_commands_of_the_readme():
     commands = re.findall(r"```bash\n(python3 -m venv .*?)\n```", (REPOSITORY / "README.md").read_text(), re.S)
     assert len(commands) == 2
