@@ -17,6 +17,9 @@ REPOSITORY = Path(__file__).parent.parent
 CIFAR = REPOSITORY / ".data" / "cifar10-jpeg"
 
 
+torch.set_num_threads(1)  # two test processes on two cores: more threads would wait for each other
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 

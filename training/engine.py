@@ -333,7 +333,8 @@ def _validate(trainer: Trainer, stop: "_StopSignals") -> tuple[dict[str, Any], E
     if world.size > 1:  # one net for all: running statistics are each process's own while training
         for net in nets:
             distribute_bn(net, world.size, reduce=True)
-    result, averaged = [*(evaluate(net, batches(), world.sum) for net in nets), None][:2]
+    result, *rest = [evaluate(net, batches(), world.sum) for net in nets]
+    averaged = rest[0] if rest else None
     images, loss, correct = progress.sums
     row = {
         "epoch": progress.step // trainer.pipeline.steps_per_epoch,
