@@ -1,24 +1,39 @@
 """Residual blocks y = relu(alpha f(x) + h(x)), on timm's blocks and with their module names."""
 
+from typing import Any
+
 import torch
 from timm.models import resnet as timm_resnet
 from torch import Tensor, nn
 
 
 class _Residual(nn.Module):
-    """What both blocks add to timm's: alpha and biases where there is no normalization, and projections everywhere."""
+    """What both blocks add to timm's.
 
-    def _complete(self, inplanes: int, stride: int, normalized: bool, projection: bool, dd: dict) -> None:
+    `norm_layer=nn.Identity` makes a block without normalization: its convolutions have biases, its branch the scalar
+    alpha. `projection=True` gives it a 1x1 convolution as skip where timm's has none.
+    """
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        *,
+        norm_layer: type[nn.Module] = nn.Identity,
+        projection: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(inplanes, planes, stride, downsample, norm_layer=norm_layer, **kwargs, **dd)
         convs = [m for m in self.children() if isinstance(m, nn.Conv2d)]
         if projection and self.downsample is None:
-            self.downsample = timm_resnet.downsample_conv(
-                inplanes,
-                convs[-1].out_channels,
-                kernel_size=1,
-                stride=stride,
-                norm_layer=nn.BatchNorm2d if normalized else nn.Identity,
-                **dd,
-            )
+            width = convs[-1].out_channels
+            self.downsample = timm_resnet.downsample_conv(inplanes, width, 1, stride, norm_layer=norm_layer, **dd)
+        normalized = norm_layer is not nn.Identity
         self.register_parameter("alpha", None if normalized else nn.Parameter(torch.ones((), **dd)))
         if not normalized:  # the skip needs no bias of its own: the branch's last one is added to the same sum
             for conv in convs:
@@ -35,25 +50,8 @@ class _Residual(nn.Module):
         return branch
 
 
-class BasicBlock(timm_resnet.BasicBlock, _Residual):
-    """f is two 3x3 convolutions. `norm_layer=nn.Identity` makes it a block without normalization: biases and alpha."""
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        *,
-        norm_layer: type[nn.Module] = nn.Identity,
-        projection: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(inplanes, planes, stride, downsample, norm_layer=norm_layer, **kwargs, **dd)
-        self._complete(inplanes, stride, norm_layer is not nn.Identity, projection, dd)
+class BasicBlock(_Residual, timm_resnet.BasicBlock):
+    """f is two 3x3 convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.act1(self.bn1(self.conv1(x)))
@@ -61,25 +59,8 @@ class BasicBlock(timm_resnet.BasicBlock, _Residual):
         return self.act2(self._merge(branch, x))
 
 
-class Bottleneck(timm_resnet.Bottleneck, _Residual):
-    """f is a 1x1, a 3x3 and a 1x1 convolution, the inner width a quarter of the outer. See `BasicBlock`."""
-
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        *,
-        norm_layer: type[nn.Module] = nn.Identity,
-        projection: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(inplanes, planes, stride, downsample, norm_layer=norm_layer, **kwargs, **dd)
-        self._complete(inplanes, stride, norm_layer is not nn.Identity, projection, dd)
+class Bottleneck(_Residual, timm_resnet.Bottleneck):
+    """f is a 1x1, a 3x3 and a 1x1 convolution, the inner width a quarter of the outer."""
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.act1(self.bn1(self.conv1(x)))
