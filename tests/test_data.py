@@ -168,7 +168,7 @@ def test_a_set_in_memory_is_what_timms_loader_gives(folder):
     ours = torch.cat([batch for batch, _ in validation_batches(images, VIEW, CPU)])
     loader = create_loader(
         create_dataset("", root=str(folder / "val")), VIEW.input_size, 16, interpolation="bicubic", crop_pct=1.0,
-        mean=VIEW.mean, std=VIEW.std, num_workers=0, use_prefetcher=False,
+        mean=VIEW.mean, std=VIEW.std, num_workers=0, use_prefetcher=False, persistent_workers=False,
     )  # fmt: skip
     theirs, targets = next(iter(loader))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)

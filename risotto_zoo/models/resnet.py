@@ -128,7 +128,12 @@ class RisottoResNet(timm_resnet.ResNet):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, as in timm; the new one is semi-orthogonal on the signal (RISOTTO's head)."""
-        super().reset_classifier(num_classes, global_pool)
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        like = {"device": self.conv1.weight.device, "dtype": self.conv1.weight.dtype}
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool, **like)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.fc.train(self.training)
         if num_classes > 0:
             risotto_head_(self.fc, self.num_features)
 
