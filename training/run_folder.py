@@ -110,7 +110,8 @@ def hardware(device: torch.device, processes: int) -> str:
                 break
     except OSError:
         pass
-    return f"{processes * torch.get_num_threads()} threads of {name}"
+    threads = processes * torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of {name}"
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
