@@ -28,7 +28,7 @@ from risotto_zoo.models import create_model
 
 from .data import View
 from .distributed import World, choose_device
-from .optimization import build_optimizer, build_scheduler
+from .optimization import build_optimizer
 from .pipelines import build_pipeline
 from .recipe import Recipe, validate
 from .run_folder import hardware
@@ -53,8 +53,13 @@ def compare(what: str, ours: Callable[[], None], peer: str, theirs: Callable[[],
     times: list[tuple[float, float]] = []
     for _ in tqdm(range(rounds), what, leave=False, disable=None):
         times.append((_seconds(ours), _seconds(theirs)))
+    return _row(what, peer, times)
+
+
+def _row(what: str, peer: str, times: list[tuple[float, float]]) -> Row:
     mine, other = (statistics.median(column) for column in zip(*times, strict=True))
-    low, _, high = statistics.quantiles([a / b for a, b in times], n=4)
+    ratios = [a / b for a, b in times]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Row(what, mine, peer, other, mine / other, (low, high))
 
 
@@ -81,13 +86,48 @@ def init_rows(args: argparse.Namespace) -> list[Row]:
 
 
 def step_rows(args: argparse.Namespace) -> list[Row]:
-    """Forward, backward and optimizer of each net without normalization beside its twin with batch norm."""
+    """Forward, backward and optimizer of each net without normalization beside its twin with batch norm.
+
+    Then the time that a step waits for a batch of the resident pipeline, beside the whole step.
+    """
     device = choose_device(args.device)
     rows = []
-    for name in args.models or ["risotto_resnet20", "risotto_resnet56", "risotto_resnet18_cifar", "risotto_resnet18"]:
-        steps = [_step(name + suffix, args.batch, device) for suffix in ("", "_bn")]
-        rows.append(compare(f"{name}, batch {args.batch}", steps[0], f"{name}_bn", steps[1], args.rounds))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(args.data) if args.data else _sample_folder(Path(folder))
+        for name in args.models or [
+            "risotto_resnet20",
+            "risotto_resnet56",
+            "risotto_resnet18_cifar",
+            "risotto_resnet18",
+        ]:
+            steps = [_step(name + suffix, args.batch, device) for suffix in ("", "_bn")]
+            rows.append(compare(f"{name}, batch {args.batch}", steps[0], f"{name}_bn", steps[1], args.rounds))
+            rows.append(_waiting(name, source, args, device))
     return rows
+
+
+def _waiting(name: str, source: Path, args: argparse.Namespace, device: torch.device) -> Row:
+    config = timm.get_pretrained_cfg(name).to_dict()
+    side = min(config["input_size"][1], 128)
+    settings = {"augment": {"flip": True, "shift": 4}, "batch_size": args.batch, "model": name}
+    recipe = validate({**settings, "data": {"source": str(source), "image_size": side}}, "benchmark")
+    pipeline = build_pipeline(recipe, View.of({**config, "input_size": (3, side, side)}), World(0, 1, device))
+    model = create_model(name, num_classes=len(pipeline.classes)).to(device).train()
+    optimizer = build_optimizer(model, recipe)
+    batches = pipeline.epoch(0)
+    current: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def work() -> None:
+        images, targets = current.pop()
+        F.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times = []
+    for _ in range(min(args.rounds + 1, pipeline.steps_per_epoch)):
+        waited = _seconds(lambda: current.append(next(batches)))
+        times.append((waited, waited + _seconds(work)))
+    return _row(f"{name}, waiting for a batch", "its whole step", times[1:] or times)
 
 
 def _step(name: str, batch: int, device: torch.device) -> Callable[[], None]:
@@ -106,10 +146,7 @@ def _step(name: str, batch: int, device: torch.device) -> Callable[[], None]:
 
 
 def input_rows(args: argparse.Namespace) -> list[Row]:
-    """An epoch of images through both pipelines beside torchvision's ImageFolder and DataLoader on the same files.
-
-    Then the share of a training step of the net that its resident pipeline takes.
-    """
+    """An epoch of images through both pipelines beside torchvision's ImageFolder and DataLoader on the same files."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(args.data) if args.data else _sample_folder(Path(folder))
         world = World(0, 1, choose_device(args.device))
@@ -117,7 +154,7 @@ def input_rows(args: argparse.Namespace) -> list[Row]:
             "resident": {"augment": {"flip": True, "shift": 4}, "batch_size": args.batch},
             "streaming": {"augment": {"flip": True}, "batch_size": args.batch},
         }
-        rows, waits, peer = [], [], None
+        rows, peer = [], None
         for kind, settings in recipes.items():
             data = {"source": str(source), "pipeline": kind, "image_size": args.size, "workers": args.workers}
             recipe = validate({**settings, "data": data}, "benchmark")
@@ -133,33 +170,7 @@ def input_rows(args: argparse.Namespace) -> list[Row]:
 
             rows.append(compare(label, run, "torchvision ImageFolder + DataLoader", peer, args.rounds))
             print(f"{label}: {images / rows[-1].ours:.0f} images/s, peer {images / rows[-1].theirs:.0f} images/s")
-            if kind == "resident":
-                waits.append(_wait_share(recipe, pipeline, world))
-        print(f"share of a training step of {recipe.model} that the resident pipeline takes: {100 * waits[0]:.2f}%")
         return rows
-
-
-def _wait_share(recipe: Recipe, pipeline: object, world: World) -> float:
-    model = create_model(recipe.model, num_classes=len(pipeline.classes)).to(world.device).train()
-    optimizer = build_optimizer(model, recipe)
-    scheduler = build_scheduler(optimizer, recipe, pipeline.steps_per_epoch)
-    waited = worked = 0.0
-    batches = pipeline.epoch(1)
-    for step in range(min(20, pipeline.steps_per_epoch)):
-        start = time.perf_counter()
-        images, targets = next(batches)
-        fetched = time.perf_counter()
-        scheduler.step_update(step)
-        F.cross_entropy(model(images), targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        if step:  # the first step warms up
-            waited, worked = waited + fetched - start, worked + time.perf_counter() - fetched
-    if not worked:
-        raise UserError("one batch is the whole epoch; set a smaller --batch")
-    return waited / (waited + worked)
 
 
 def _torchvision_epoch(source: Path, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
@@ -205,7 +216,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each side (default: 9)")
     parser.add_argument("--batch", type=int, default=128, help="images of a batch (default: 128)")
     parser.add_argument("--size", type=int, default=32, help="input: side of the images (default: 32)")
-    parser.add_argument("--data", help="input: image folder (default: crops of two sample photos)")
+    parser.add_argument("--data", help="input, step: image folder (default: crops of two sample photos)")
     parser.add_argument("--workers", type=int, default=2, help="input: loader processes (default: 2)")
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
