@@ -245,7 +245,8 @@ def _train_epoch(trainer: Trainer, module: nn.Module, stop: "_StopSignals") -> N
     epoch, steps = len(progress.history), trainer.pipeline.steps_per_epoch
     trainer.model.train()
     for layer in trainer.model.modules():  # frozen layers keep their running statistics, too
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.weight.requires_grad:
+        frozen = any(not parameter.requires_grad for parameter in layer.parameters(recurse=False))
+        if frozen and isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
     sums = torch.tensor(progress.sums, device=world.device)
     bad_step = torch.tensor(-1, device=world.device)
