@@ -1,6 +1,7 @@
 """risotto-zoo: residual networks without normalization, exactly isometric at the start. Importing registers them."""
 
 from . import models
+from .loading import Classifier, load
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "models"]
+__all__ = ["Classifier", "__version__", "load", "models"]

@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from .files import sha256, write_atomically
+from .errors import UserError
+from .files import git_sha1, sha256, write_atomically
 
+WEIGHTS = "model.safetensors"
 _SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag")
 
 
-def save_model(
-    folder: Path, state: dict[str, Tensor], config: dict[str, Any], weights_name: str = "model.safetensors"
-) -> str:
+def save_model(folder: Path, state: dict[str, Tensor], config: dict[str, Any], weights_name: str = WEIGHTS) -> str:
     """Write the weights and the configuration of a model, each atomically; returns the weights' sha256.
 
     Args:
@@ -61,3 +62,96 @@ def model_config(
         "model_args": model_args,
         "pretrained_cfg": {key: value for key, value in cfg.items() if key in known},
     }
+
+
+def read_verified(path: Path, digest: str | None = None, size: int | None = None) -> bytes:
+    """The bytes of a file, once its size and hash are known to be right.
+
+    Args:
+        path: The file.
+        digest: Its sha256, or (40 digits) its git blob hash, by which the Hub names small files; None skips the check.
+        size: Its length in bytes; None skips the check.
+
+    Raises:
+        UserError: If the file is missing or is not the one described.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if size is not None and len(data) != size:
+        raise UserError(f"{path} has {len(data)} bytes, not {size}: it is truncated or another file; fetch it again")
+    if digest is not None:
+        found = git_sha1(data) if len(digest) == 40 else sha256(data)
+        if found != digest:
+            raise UserError(
+                f"{path} is damaged or was changed: its hash is {found[:12]}..., not {digest[:12]}...; fetch it again"
+            )
+    return data
+
+
+def read_tensors(data: bytes, source: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in float32 if they were stored in half precision; `source` is for messages.
+
+    Raises:
+        UserError: If it is no safetensors file, or holds a value that is not finite.
+    """
+    try:
+        state = safetensors.torch.load(data)
+    except Exception as error:  # safetensors raises its own kind, and ValueError or KeyError on odd headers
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{source} is not a whole safetensors file ({reason}); fetch it again") from None
+    for name, value in state.items():
+        if value.is_floating_point():
+            if not value.isfinite().all():
+                raise UserError(f"{source}: the tensor {name} holds values that are not finite")
+            if value.dtype in (torch.float16, torch.bfloat16):
+                state[name] = value.float()
+    return state
+
+
+def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any]) -> None:
+    """Compare names and shapes of loaded tensors with those of the model they are for.
+
+    The classifier is as wide as `config` says and the stem reads as many channels, even where the model was made with
+    other numbers (timm adapts both later); everything else has the model's own shapes.
+
+    Raises:
+        UserError: Naming the first tensor that is missing, left over or of another shape.
+    """
+    name = config["architecture"]
+    source = config.get("file") or config.get("hf_hub_id") or "the state dict"
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    channels, classes = config["input_size"][0], config["num_classes"]
+    stem = f"{config['first_conv']}.weight"
+    expected[stem] = (expected[stem][0], channels, *expected[stem][2:])
+    head = config["classifier"]
+    expected[f"{head}.weight"] = (classes, model.head_hidden_size)
+    expected[f"{head}.bias"] = (classes,)
+    mend = "the file belongs to another architecture or was changed"
+    for key, shape in expected.items():
+        if key not in state:
+            raise UserError(f"{source} lacks the tensor {key} of {name}: {mend}")
+        if tuple(state[key].shape) != shape:
+            raise UserError(f"{source}: {key} has shape {tuple(state[key].shape)}, but {name} needs {shape}: {mend}")
+    surplus = state.keys() - expected.keys()
+    if surplus:
+        raise UserError(f"{source} holds a tensor {min(surplus)} that {name} does not have: {mend}")
+
+
+def folder_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model folder, verified against the hash in its results.json if it has one.
+
+    Raises:
+        UserError: If there is no model.safetensors (other formats are not read), or it is not whole.
+    """
+    path = folder / WEIGHTS
+    if not path.exists():
+        raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
+    digest = None
+    if (folder / "results.json").is_file():
+        try:
+            digest = json.loads((folder / "results.json").read_text(encoding="utf-8"))["sha256"].get(WEIGHTS)
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise UserError(f"{folder / 'results.json'} is damaged, so {WEIGHTS} cannot be verified") from None
+    return read_tensors(read_verified(path, digest), str(path))

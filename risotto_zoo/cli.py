@@ -1,20 +1,24 @@
-"""The command `risotto-zoo`: look at the zoo's models and at how they propagate signals at initialization."""
+"""The command `risotto-zoo`: the models, how they propagate signals at initialization, and what they see in images."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UserError, did_you_mean, exits_cleanly
+from .hub import MANIFEST
 from .images import UnreadableImage, read_image
 from .initializers import SCHEMES
 from .isometry import BlockSignal, probed_singular_values, signal_by_block, signal_map, singular_values
+from .loading import load, predict
 from .models import create_model
 
 PROBES = 64
@@ -39,20 +43,30 @@ def _arguments() -> argparse.Namespace:
         "--exact", action="store_true", help=f"all singular values, where the default is {PROBES} random probes"
     )
     inspect.add_argument("--output", type=Path, help="the figure (default: NAME-INIT.png)")
+
+    predict_ = commands.add_parser("predict", help="what a trained model sees in images")
+    predict_.add_argument("image", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    predict_.add_argument(
+        "--model",
+        default=next(iter(MANIFEST), None),
+        required=not MANIFEST,
+        help="a release, hf-hub:ORG/NAME or local-dir:FOLDER (default: %(default)s)",
+    )
+    predict_.add_argument("--revision", help="branch, tag or commit of the model's Hub repository")
+    predict_.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: cpu)")
+    predict_.add_argument("--top", type=int, default=5, help="classes to print for each image (default: 5)")
     return parser.parse_args()
 
 
 @exits_cleanly
-def main() -> None:
+def main() -> int:
     args = _arguments()
-    if args.command == "list":
-        list_models(args.pattern)
-    else:
-        inspect_model(args)
+    return {"list": list_models, "inspect": inspect_model, "predict": predict_images}[args.command](args)
 
 
-def list_models(pattern: str) -> None:
+def list_models(args: argparse.Namespace) -> int:
     """Print a line for each model that matches the pattern."""
+    pattern = args.pattern
     names = timm.list_models(pattern)
     if not names:
         raise UserError(f"no model matches {pattern!r}{did_you_mean(pattern, timm.list_models('risotto_*'))}")
@@ -70,9 +84,39 @@ def list_models(pattern: str) -> None:
             f"{'x'.join(map(str, size)):>12}  {', '.join(weights) or '-'}",
             flush=True,
         )
+    return 0
 
 
-def inspect_model(args: argparse.Namespace) -> None:
+def predict_images(args: argparse.Namespace) -> int:
+    """Print the most probable classes of each image; what cannot be read is named and counted."""
+    classifier = load(args.model, args.device, args.revision)
+    paths = [path for given in args.image for path in _image_files(given)]
+    broken = 0
+    for path, outcome in predict(classifier, paths):
+        if isinstance(outcome, UnreadableImage):
+            broken += 1
+            print(f"{path}: {outcome}", file=sys.stderr)
+            continue
+        print(path)
+        for share, index in zip(*outcome.topk(min(max(args.top, 1), len(outcome))), strict=True):
+            print(f"  {100 * share:6.2f}%  {classifier.classes[index]}")
+    if broken:
+        print(f"{broken} of {len(paths)} images could not be read", file=sys.stderr)
+    return 2 if broken == len(paths) else 0
+
+
+def _image_files(path: Path) -> list[Path]:
+    """A file itself, or the files in a folder whose names say that they are images."""
+    if not path.is_dir():
+        return [path]
+    known = Image.registered_extensions()
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and not file.is_dir())
+    if not files:
+        raise UserError(f"{path} holds no images (files named .jpg, .png, ...)")
+    return files
+
+
+def inspect_model(args: argparse.Namespace) -> int:
     """Measure a freshly initialized net, print the table and write the figure."""
     if not args.name.startswith("risotto_"):
         create_model(args.name)  # an unknown name is told with the nearest ones
@@ -104,6 +148,7 @@ def inspect_model(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"figure {output} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     print(f"\nfigure: {output}")
+    return 0
 
 
 def _random_images(model: nn.Module, size: int, seed: int) -> Tensor:

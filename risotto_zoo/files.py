@@ -31,3 +31,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def git_sha1(data: bytes) -> str:
+    """The hash by which git, and the Hub for files outside LFS, names a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -39,7 +39,7 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
         f"curves    {folder / 'curves.png'}",
         f"load      timm.create_model('local-dir:{folder}', pretrained=True)  # after import timm, risotto_zoo",
         f"evaluate  python -m training.evaluate local-dir:{folder}",
-        f"publish   hf upload ORG/NAME {folder} --exclude 'state/*'",
+        f"release   python -m training.release {folder} --tag DATA --output FOLDER",
     ]
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from risotto_zoo.models import create_model
 
 from .data import ImageSet, View, load_set
 from .distributed import World, choose_device
-from .pipelines import EVAL_BATCH, resident_sets, validation_batches
+from .pipelines import EVAL_BATCH, validation_batches, validation_set
 from .recipe import Data, load_recipe
 
 
@@ -73,9 +73,8 @@ def _images(args: argparse.Namespace, view: View) -> ImageSet:
     if source != "local-dir" or not recipe_file.is_file():
         raise UserError(f"{args.model} does not say what to evaluate it on; name a folder with --data")
     data: Data = load_recipe(str(recipe_file)).data
-    if data.holdout:
-        return resident_sets(data, view)[1]
-    return load_set(data.source, False, view, split=args.split or data.val_split, root=args.root or data.root)
+    changes = {"val_split": args.split, "root": args.root}
+    return validation_set(data.model_copy(update={key: value for key, value in changes.items() if value}), view)
 
 
 if __name__ == "__main__":

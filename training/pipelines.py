@@ -77,6 +77,13 @@ def resident_sets(data: Data, view: View, progress: bool = True) -> tuple[ImageS
     return train, val
 
 
+def validation_set(data: Data, view: View) -> ImageSet:
+    """The images that a run with this data section is validated on."""
+    if data.holdout:
+        return resident_sets(data, view)[1]
+    return load_set(data.source, False, view, split=data.val_split, root=data.root)
+
+
 class Resident:
     """The whole set as bytes on the training device."""
 

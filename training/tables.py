@@ -1,7 +1,8 @@
 """Tables of numbers, generated: python -m training.tables writes them, --check fails if one is stale.
 
-A run's numbers live in training/results/NAME.json and nowhere else; --add copies them there from a finished run. The
-tables stand between marker comments in README.md, training/README.md, training/recipes/NOTES.md and the recipes' heads.
+The numbers of a run that is not released live in training/results/NAME.json; --add copies them there. The tables stand
+between marker comments in training/README.md and training/recipes/NOTES.md, and in the recipes' heads. For what comes
+from releases, python -m training.cards does the same.
 """
 
 import argparse
@@ -14,27 +15,11 @@ from typing import Any
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import write_atomically
 
+from .cards import CARDS, between, duration, releases
 from .recipe import RECIPES, Recipe, load_recipe, section_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-
-
-def main_table() -> str:
-    """README: one row a recorded run of a shipped recipe."""
-    rows = [
-        "| recipe | top-1 (95% interval) | parameters | epochs, seed | training | hardware |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, record in _records(RESULTS):
-        result, best = record["results"], _best(record["results"])
-        low, high = best["top1_interval"]
-        rows.append(
-            f"| `{name}` | {100 * best['top1']:.2f}% ({100 * low:.2f} to {100 * high:.2f}) "
-            f"| {result['parameters'] / 1e6:.2f} M | {result['epochs']}, {result['seed']} "
-            f"| {_time(result['train_seconds'])} | {result['hardware']} |"
-        )
-    return "\n".join(rows)
 
 
 def sweep_table() -> str:
@@ -65,15 +50,22 @@ def schema_table(section: type = Recipe, prefix: str = "") -> str:
 
 
 def reached(name: str) -> str:
-    """The line in a recipe's head."""
+    """The line in a recipe's head: what came out of exactly this recipe, from its release or a recorded run."""
+    recipe = load_recipe(name)
+    for release, result in releases().items():
+        if load_recipe(str(CARDS / release / "recipe.yaml")) == recipe:
+            return _reached(result, result["evaluation"])
     path = RESULTS / f"{name}.json"
     if not path.is_file():
         return "Accuracy and time: has not been run."
     result = json.loads(path.read_text())["results"]
-    best = _best(result)
+    return _reached(result, _best(result))
+
+
+def _reached(result: dict[str, Any], score: dict[str, Any]) -> str:
     return (
-        f"Accuracy: {100 * best['top1']:.2f}% of {best['images']} images, seed {result['seed']}, in "
-        f"{_time(result['train_seconds'])} on {result['hardware']}."
+        f"Accuracy: {100 * score['top1']:.2f}% of {score['images']} images, seed {result['seed']}, in "
+        f"{duration(result['train_seconds'])} on {result['hardware']}."
     )
 
 
@@ -81,30 +73,18 @@ def _best(results: dict[str, Any]) -> dict[str, Any]:
     return results[results.get("better", "raw")]
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
 def _records(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
-
-
-def _between(text: str, marker: str, table: str) -> str:
-    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    if start not in text or end not in text:
-        raise UserError(f"the markers {start} and {end} are missing")
-    return text[: text.index(start) + len(start)] + f"\n{table}\n" + text[text.index(end) :]
 
 
 def pages() -> dict[Path, str]:
     """Every file with a generated part, as it should be."""
     result = {}
     for path, marker, table in (
-        (ROOT / "README.md", "results", main_table()),
         (ROOT / "training" / "README.md", "schema", schema_table()),
         (RECIPES / "NOTES.md", "sweeps", sweep_table()),
     ):
-        result[path] = _between(path.read_text(encoding="utf-8"), marker, table)
+        result[path] = between(path.read_text(encoding="utf-8"), marker, table)
     for path in sorted(RECIPES.glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         result[path] = re.sub(

@@ -1,6 +1,5 @@
 """The networks of the zoo; importing this package registers them with timm."""
 
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -8,6 +7,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from torch import nn
 
 from risotto_zoo.errors import UserError, did_you_mean
+from risotto_zoo.hub import fetch
 
 from . import variants
 from .blocks import BasicBlock, Bottleneck
@@ -28,10 +28,13 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         raise UserError(str(error) or f"model name {name!r} has an unknown source") from None
     if source is None and not timm.is_model(architecture.split(".")[0]):
         raise UserError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
-    if source == "local-dir" and pretrained and not (Path(architecture) / "model.safetensors").is_file():
-        raise UserError(f"model {name}: the folder holds no model.safetensors; other formats are not read")
+    if source == "hf-hub":  # timm would wait a minute for a network that is not there
+        repo_id, _, revision = architecture.partition("@")
+        fetch(repo_id, "config.json", revision or None)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except UserError:
+        raise
     except Exception as error:  # the net, timm, safetensors and the Hub's client each raise their own kinds
         reason = str(error).split("\n")[0].replace("RisottoResNet.__init__() got", "the model got")
         raise UserError(f"model {name}: {reason or type(error).__name__}") from None

@@ -2,9 +2,15 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from risotto_zoo.checkpoints import check_state, folder_weights, read_tensors, read_verified
+from risotto_zoo.errors import UserError
+from risotto_zoo.hub import MANIFEST, hub_weights, release_file, release_weights, repository
 
 from .blocks import BasicBlock, Bottleneck
 from .resnet import RisottoResNet
@@ -59,19 +65,80 @@ _ORIGIN = {
     "paper_name": "Dynamical Isometry for Residual Networks",
 }
 
-default_cfgs = generate_default_cfgs(
-    {f"risotto_{name}{suffix}": {**_ORIGIN, **cfg} for name, *_, cfg in _NETS for suffix in _SUFFIXES}
-)
+
+def _release_cfg(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """timm's default cfg of a release: how its images are prepared, its labels, and where its weights lie."""
+    config = entry["config"]
+    file = release_file(name)
+    return {
+        **_ORIGIN,
+        **config["pretrained_cfg"],
+        "label_names": tuple(config["label_names"]),
+        "hf_hub_id": f"{repository(name)}@{entry['revision']}",
+        **({"file": str(file)} if file is not None else {}),
+    }
+
+
+def _default_cfgs() -> dict[str, dict[str, Any]]:
+    """By name and tag; a net with releases goes by their tags alone, the manifest's first being the default."""
+    cfgs: dict[str, dict[str, Any]] = {}
+    for name, *_, cfg in _NETS:
+        for suffix in _SUFFIXES:
+            full = f"risotto_{name}{suffix}"
+            releases = {key: entry for key, entry in MANIFEST.items() if key.partition(".")[0] == full}
+            cfgs.update(
+                {key: _release_cfg(key, entry) for key, entry in releases.items()} or {full: {**_ORIGIN, **cfg}}
+            )
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_default_cfgs())
+
+
+def _verified_weights(cfg: dict[str, Any], cache_dir: str | Path | None) -> dict[str, Tensor]:
+    """The tensors that a pretrained cfg stands for, from wherever it says, hashes checked first."""
+    release = f"{cfg['architecture']}.{cfg.get('tag') or ''}"
+    if cfg.get("source") == "local-dir":
+        return folder_weights(Path(cfg["file"]))
+    if cfg.get("source") == "hf-hub":
+        repo_id, _, revision = cfg["hf_hub_id"].partition("@")
+        return hub_weights(repo_id, revision or None, cache_dir)
+    if cfg.get("file") and Path(cfg["file"]) != release_file(release):  # the caller's own, by pretrained_cfg_overlay
+        return read_tensors(read_verified(Path(cfg["file"])), cfg["file"])
+    if release in MANIFEST:
+        return release_weights(release, cache_dir)
+    released = ", ".join(MANIFEST) or "none yet"
+    raise UserError(f"{cfg['architecture']} has no pretrained weights; released are: {released}")
 
 
 def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet]:
     """A timm entry point that builds `net`; arguments of the caller go before those of the table."""
 
     def create(pretrained: bool = False, **kwargs: Any) -> RisottoResNet:
-        out_indices = tuple(range(len(net["layers"]) + 1))
-        return build_model_with_cfg(
-            RisottoResNet, name, pretrained, feature_cfg={"out_indices": out_indices}, **{**net, **kwargs}
+        cfg = resolve_pretrained_cfg(
+            name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+        ).to_dict()
+        weights = {}
+        if pretrained and not cfg.get("state_dict"):  # timm reads what is in the cfg itself before any file
+            weights = {"source": None, "state_dict": _verified_weights(cfg, kwargs.get("cache_dir"))}
+
+        def check(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+            check_state(state, model, cfg)
+            return state
+
+        model = build_model_with_cfg(
+            RisottoResNet,
+            name,
+            pretrained,
+            pretrained_cfg={**cfg, **weights},
+            pretrained_filter_fn=check,
+            feature_cfg={"out_indices": tuple(range(len(net["layers"]) + 1))},
+            **{**net, **kwargs},
         )
+        if weights:
+            del model.pretrained_cfg["state_dict"]
+            model.pretrained_cfg["source"] = cfg.get("source", "")
+        return model
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = doc

@@ -1,0 +1,232 @@
+"""Where released weights lie, and getting them from the Hugging Face Hub, verified.
+
+The manifest lists the releases: name and tag, where the weights are, their size and sha256. `python -m training.cards`
+generates it from the folders in model_cards.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import Tensor
+
+from .checkpoints import WEIGHTS, read_tensors, read_verified
+from .errors import UserError
+
+ORGANIZATION = os.environ.get("RISOTTO_ZOO_ORG", "risotto-zoo")
+PACKAGE = Path(__file__).parent
+MANIFEST: dict[str, dict[str, Any]] = json.loads((PACKAGE / "manifest.json").read_text(encoding="utf-8"))
+
+_HEAD_SECONDS = 2.5  # for the Hub to say what a file is
+_PAUSES = (0.5, 1.5)  # before asking once more
+_PATIENCE = 4.0  # seconds after which nothing is asked once more: who has no network should hear it soon
+_BUSY = (429, 500, 502, 503, 504)
+_T = TypeVar("_T")
+
+
+def repository(name: str) -> str:
+    """The Hub repository of a release, such as risotto-zoo/risotto_resnet20.cifar10-jpeg."""
+    return f"{ORGANIZATION}/{name}"
+
+
+def release_file(name: str) -> Path | None:
+    """The weights of a release on this machine: in the package, or beside it in a checkout; None if neither."""
+    places = (PACKAGE / "weights" / f"{name}.safetensors", PACKAGE.parent / "model_cards" / name / WEIGHTS)
+    return next((place for place in places if place.is_file()), None)
+
+
+def release_weights(name: str, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """The tensors of a release, from this machine if they are there, else from the Hub; verified by the manifest.
+
+    Args:
+        name: A key of `MANIFEST`.
+        cache_dir: The Hub's cache; its usual place if None.
+
+    Raises:
+        UserError: If they cannot be had, or are not those of the manifest.
+    """
+    entry = MANIFEST[name]
+    path = release_file(name)
+    if path is None:
+        path = fetch(repository(name), WEIGHTS, entry["revision"], cache_dir, digest=entry["sha256"])
+    return read_tensors(read_verified(path, entry["sha256"], entry["bytes"]), str(path))
+
+
+def hub_weights(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
+    """The tensors of `model.safetensors` in a Hub repository, verified by the Hub's hash.
+
+    Raises:
+        UserError: If the repository cannot be reached or offers no safetensors, or a file is damaged.
+    """
+    config = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision)
+    if isinstance(config, str):  # timm has read it by now, without a look at its hash
+        try:
+            read_verified(Path(config), _hash_in(Path(config)))
+        except UserError as error:
+            _forget(Path(config))
+            raise UserError(f"{error}. It was thrown away: run the same again") from None
+    return read_tensors(fetch(repo_id, WEIGHTS, revision, cache_dir).read_bytes(), f"{repo_id}/{WEIGHTS}")
+
+
+def fetch(
+    repo_id: str,
+    filename: str,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    digest: str | None = None,
+) -> Path:
+    """A file of a Hub repository, downloaded through the Hub's cache and verified before anyone reads it.
+
+    What the cache holds is verified again each time: its blobs are named by their hash. A damaged file is thrown away
+    and fetched once more. Without a network a cached file is used.
+
+    Args:
+        repo_id: ORG/NAME.
+        filename: Path in the repository.
+        revision: Branch, tag or commit; the main branch if None.
+        cache_dir: The Hub's cache; its usual place if None.
+        digest: The sha256 that the file must have; a cached file that has it needs no network.
+
+    Raises:
+        UserError: If the file cannot be had, or is not the one that the Hub (or `digest`) states.
+    """
+    what = f"{repo_id}/{filename}" + (f"@{revision}" if revision else "")
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}") from None
+    cached = Path(cached) if isinstance(cached, str) else None
+    if digest is not None and cached is not None and cached.resolve().name == digest:
+        try:
+            read_verified(cached, digest)
+            return cached
+        except UserError:
+            _forget(cached)
+            cached = None
+    try:
+        url = huggingface_hub.hf_hub_url(repo_id, filename, revision=revision)
+        known = patiently(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=_HEAD_SECONDS))
+    except Exception as error:
+        if cached is None or not (_may_pass(error) or isinstance(error, OfflineModeIsEnabled)):
+            raise explained(error, what, repo_id) from None
+        read_verified(cached, _hash_in(cached))
+        return cached
+    if digest is not None and known.etag != digest:
+        raise UserError(f"{what} is not the file this version of risotto-zoo knows; install the newest risotto-zoo")
+    for attempt in (1, 2):
+        path = _download(repo_id, filename, known.commit_hash, cache_dir, what)
+        try:
+            read_verified(path, known.etag if _is_hash(known.etag) else None, known.size)
+            return path
+        except UserError as error:
+            _forget(path)
+            if attempt == 2:
+                raise UserError(f"{what} did not arrive as the Hub describes it; nothing was kept ({error})") from None
+    raise AssertionError
+
+
+def _download(repo_id: str, filename: str, commit: str | None, cache_dir: str | Path | None, what: str) -> Path:
+    try:
+        call = lambda: huggingface_hub.hf_hub_download(  # noqa: E731
+            repo_id, filename, revision=commit, cache_dir=cache_dir, etag_timeout=_HEAD_SECONDS
+        )
+        return Path(patiently(call))
+    except Exception as error:
+        raise explained(error, what, repo_id) from None
+
+
+def patiently(call: Callable[[], _T]) -> _T:
+    """Make a call to the Hub, again after a pause if the line broke, the answer was cut short, or the Hub was busy."""
+    start = time.monotonic()
+    for pause in _PAUSES:
+        try:
+            return call()
+        except Exception as error:
+            if not _may_pass(error) or time.monotonic() - start > _PATIENCE:
+                raise
+        time.sleep(pause)
+    return call()
+
+
+def explained(error: Exception, what: str, repo_id: str) -> UserError:
+    """What went wrong between us and the Hub, in one line; `what` is the thing that was wanted."""
+    status = _status(error)
+    place = constants.ENDPOINT
+    by_hand = f"`hf download {repo_id} --local-dir FOLDER` where there is a network, then local-dir:FOLDER"
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OfflineModeIsEnabled):
+        return UserError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it, or {by_hand}")
+    if isinstance(error, GatedRepoError):
+        return UserError(f"{what} is gated: ask for access at {place}/{repo_id}, then log in with `hf auth login`")
+    if isinstance(error, RevisionNotFoundError):
+        return UserError(f"{what}: the repository has no such revision; see {place}/{repo_id}/tree/main")
+    if isinstance(error, RepositoryNotFoundError) or status == 401:
+        return UserError(
+            f"{what}: there is no such repository at {place}, or it is private and the token does not open it; "
+            "check the name, and log in with `hf auth login` or set HF_TOKEN"
+        )
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return UserError(f"{what}: the repository has no such file; only safetensors are read, no other format")
+    if status == 403:
+        return UserError(f"{what}: the token is not allowed to do this; make one with the right to at {place}/settings")
+    if status == 429:
+        return UserError(f"{what}: the Hub asks to slow down (429); try again in a few minutes")
+    if status is not None and status >= 500:
+        return UserError(f"{what}: the Hub is out of order ({status}); try again later")
+    if status is not None:
+        return UserError(f"{what}: the Hub refused ({status}): {str(error).strip().splitlines()[-1]}")
+    if isinstance(error, HFValidationError):
+        return UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}")
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        return UserError(f"{what} cannot be stored: {error.strerror} ({error.filename or 'the cache'}); make room")
+    if "onsistency check" in str(error):
+        return UserError(f"{what}: the download was cut short, again and again; nothing was kept. Try again later")
+    return UserError(f"{what}: the Hub at {place} cannot be reached; try again, or {by_hand}")
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    return getattr(response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt, or the cache, may help: a broken line, a busy Hub; not a refusal, not a full disk."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return _status(error) in _BUSY
+    module = type(error).__module__.split(".")[0]
+    network = module in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+    cut_short = "onsistency check" in str(error)
+    return network or cut_short or isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError))
+
+
+def _is_hash(etag: str | None) -> bool:
+    return etag is not None and len(etag) in (40, 64) and set(etag) <= set("0123456789abcdef")
+
+
+def _hash_in(cached: Path) -> str | None:
+    name = cached.resolve().name
+    return name if _is_hash(name) else None
+
+
+def _forget(path: Path) -> None:
+    """Take a damaged file out of the Hub's cache, so that nobody takes it for good."""
+    for part in (path.resolve(), path):
+        part.unlink(missing_ok=True)

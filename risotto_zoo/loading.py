@@ -1,0 +1,84 @@
+"""A released model, ready to use: the net in evaluation mode, the transform of its images, the names of its classes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+from .errors import UserError
+from .hub import MANIFEST, repository
+from .images import UnreadableImage, read_image, to_mode
+from .models import create_model
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What `load` returns."""
+
+    model: nn.Module  # images (B, C, H, W) to logits (B, K), in evaluation mode
+    transform: Compose  # a PIL image in mode RGB, or L for a model of one channel, to a tensor (C, H, W)
+    classes: list[str]  # K names
+    channels: int
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image]) -> Tensor:
+        """Probabilities of the classes, shape (B, K) on the CPU, for PIL images of any mode and size."""
+        batch = torch.stack([self.transform(to_mode(image, self.channels)) for image in images])
+        parameter = next(self.model.parameters())
+        return self.model(batch.to(parameter)).float().softmax(dim=1).cpu()
+
+
+def load(name: str, device: str | torch.device = "cpu", revision: str | None = None) -> Classifier:
+    """Load a trained model with everything that using it takes.
+
+    Args:
+        name: A release such as 'risotto_resnet20.cifar10-jpeg' (without the tag: the default one), hf-hub:ORG/NAME,
+            local-dir:FOLDER, or any other model with weights that timm knows.
+        device: Where the model goes.
+        revision: Branch, tag or commit of the Hub repository, for releases and hf-hub names.
+
+    Raises:
+        UserError: If there is no such model, it cannot be reached, or its weights do not verify.
+    """
+    if revision is not None:
+        repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else repository(_release(name))
+        name = f"hf-hub:{repo.partition('@')[0]}@{revision}"
+    model = create_model(name, pretrained=True).eval()
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device}: {str(error).splitlines()[0]}") from None
+    data = resolve_data_config(model=model, verbose=False)
+    labels = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
+    return Classifier(model, create_transform(**data), list(labels), data["input_size"][0])
+
+
+def predict(classifier: Classifier, paths: list[Path]) -> Iterator[tuple[Path, Tensor | UnreadableImage]]:
+    """Probabilities (K,) of each image file in turn, or why it cannot be read."""
+    for start in range(0, len(paths), BATCH):
+        part = paths[start : start + BATCH]
+        images: dict[Path, Image.Image] = {}
+        broken: dict[Path, UnreadableImage] = {}
+        for path in part:
+            try:
+                images[path] = read_image(path, classifier.channels)
+            except UnreadableImage as error:
+                broken[path] = error
+        rows = dict(zip(images, classifier(list(images.values())), strict=True)) if images else {}
+        for path in part:
+            yield path, rows[path] if path in rows else broken[path]
+
+
+def _release(name: str) -> str:
+    """The full name of a release: the default tag added where none is given."""
+    matches = [key for key in MANIFEST if key == name or key.partition(".")[0] == name]
+    if not matches:
+        raise UserError(f"{name} is no release, so it has no revisions; released are: {', '.join(MANIFEST) or 'none'}")
+    return matches[0]

@@ -1,0 +1,357 @@
+"""Model cards, the manifest of releases and the README's results table: python -m training.cards writes them all.
+
+Everything in them comes from the release folders in model_cards: results.json, config.json, recipe.yaml. With --check
+nothing is written, and a page that is stale is an error.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from risotto_zoo.checkpoints import WEIGHTS
+from risotto_zoo.errors import UserError, exits_cleanly
+from risotto_zoo.files import sha256, write_atomically
+from risotto_zoo.hub import PACKAGE, repository
+
+from .recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parent.parent
+CARDS = ROOT / "model_cards"
+
+DATASETS = {
+    "cifar10-jpeg": {
+        "title": "CIFAR-10 as 32 px JPEG",
+        "hub": "uoft-cs/cifar10",
+        "caveat": "All 60,000 CIFAR-10 images, re-encoded as 32 x 32 JPEG at quality 75 (4:2:0). Compression costs "
+        "detail: the numbers are not comparable with published CIFAR-10 numbers, but with the other rows of the table.",
+    },
+    "imagenette224": {
+        "title": "Imagenette (2019 split) as 224 px JPEG",
+        "hub": "frgfm/imagenette",
+        "caveat": "The 13,394 photos of Imagenette's 2019 split, resized to squares of 224 px and re-encoded as JPEG "
+        "at quality 75: the numbers are not comparable with Imagenette's leaderboard, but with the table's other rows.",
+    },
+    "digits": {
+        "title": "scikit-learn's scanned digits",
+        "hub": None,
+        "caveat": "1,797 scans of 8 x 8 pixels; every fifth is held out. A toy: use it to try the tools.",
+    },
+}
+LICENSE = "apache-2.0"
+
+
+def releases() -> dict[str, dict[str, Any]]:
+    """The results of every release, by name."""
+    return {folder.name: read_json(folder / "results.json") for folder in _folders()}
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content.
+
+    Raises:
+        UserError: If it is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: not valid JSON") from None
+
+
+def manifest() -> str:
+    """risotto_zoo/manifest.json: what the library needs to know of each release."""
+    entries = {}
+    for name, result in releases().items():
+        entries[name] = {
+            "location": result["location"],
+            "revision": f"v{result['version']}",
+            "bytes": result["bytes"],
+            "sha256": result["sha256"][WEIGHTS],
+            "metrics": {key: result["evaluation"][key] for key in ("top1", "top5", "loss", "images")},
+            "config": read_json(CARDS / name / "config.json"),
+        }
+    return json.dumps(entries, indent=1) + "\n"
+
+
+def results_table() -> str:
+    """README: one row a release."""
+    rows = [
+        "| model | data | top-1 (95% interval) | with batch norm | parameters | training | weights |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in releases().items():
+        twin = next((b for b in result["baselines"] if b["model"] == f"{result['model']}_bn"), None)
+        rows.append(
+            f"| [`{name.partition('.')[0]}`](model_cards/{name}) | {name.partition('.')[2]} | {_score(result)} "
+            f"| {_percent(twin['evaluation']['top1']) if twin else '-'} | {result['parameters'] / 1e6:.2f} M "
+            f"| {_training(result)} | {_weights(result)} |"
+        )
+    return "\n".join(rows)
+
+
+def card(folder: Path) -> str:
+    """README.md of a release folder, which is its card on the Hub."""
+    result, config = read_json(folder / "results.json"), read_json(folder / "config.json")
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    name = result["name"]
+    model, _, tag = name.partition(".")
+    data = DATASETS.get(tag, {"title": tag, "hub": None, "caveat": f"The folder that the recipe names {tag}."})
+    parts = [
+        f"---\n{_metadata(name, result, data).to_yaml()}\n---",
+        f"# {name}",
+        _what(model, result, config, data),
+        "## Results",
+        _results(result),
+        _data(data),
+        "## Use",
+        _use(name, config, result),
+        "## Fine-tune",
+        "```bash\npython -m training.train --recipe finetune "
+        f"--init-from hf-hub:{repository(name)} --set data.source=FOLDER\n```",
+        "## Reproduce",
+        _reproduce(result, recipe),
+    ]
+    if result["isometry"] is not None:
+        parts += ["## At initialization", _isometry(result)]
+    parts += ["## Limits", _limits(result, config), "## Source", _SOURCE]
+    return "\n\n".join(parts) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file, as it should be."""
+    readme = ROOT / "README.md"
+    return {
+        **{folder / "README.md": card(folder) for folder in _folders()},
+        PACKAGE / "manifest.json": manifest(),
+        readme: between(readme.read_text(encoding="utf-8"), "results", results_table()),
+    }
+
+
+def stale_pages() -> dict[Path, str]:
+    """Those of `pages` whose file is missing or says something else."""
+    return {
+        path: text for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+    }
+
+
+def write_pages() -> None:
+    for path, text in stale_pages().items():
+        write_atomically(path, text.encode())
+        print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+def between(text: str, marker: str, table: str) -> str:
+    """`text` with `table` between the marker's two comments.
+
+    Raises:
+        UserError: If a comment is missing.
+    """
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if start not in text or end not in text:
+        raise UserError(f"the markers {start} and {end} are missing")
+    return text[: text.index(start) + len(start)] + f"\n{table}\n" + text[text.index(end) :]
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _folders() -> list[Path]:
+    return sorted(path.parent for path in CARDS.glob("[!.]*/results.json"))
+
+
+def _check_weights() -> None:
+    """Results belong to the weights beside them, if those are here."""
+    for name, result in releases().items():
+        path = CARDS / name / WEIGHTS
+        if result["location"] == "hub" and not path.exists():
+            continue
+        if not path.exists() or sha256(path.read_bytes()) != result["sha256"][WEIGHTS]:
+            raise UserError(f"{path} is missing or is not what results.json describes; release the run again")
+
+
+# --- parts of a card
+
+
+def _metadata(name: str, result: dict[str, Any], data: dict[str, Any]) -> ModelCardData:
+    score, tag = result["evaluation"], name.partition(".")[2]
+    common = {
+        "task_type": "image-classification",
+        "task_name": "Image classification",
+        "dataset_type": data["hub"] or tag,
+        "dataset_name": data["title"],
+        "dataset_split": "test",
+    }
+    values = [("accuracy", "Top-1", score["top1"]), ("top-5-accuracy", "Top-5", score["top5"])]
+    return ModelCardData(
+        model_name=name,
+        license=LICENSE,
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "risotto", "normalizer-free", "arxiv:2210.02411"],
+        datasets=[data["hub"]] if data["hub"] else None,
+        metrics=["accuracy"],
+        eval_results=[
+            EvalResult(metric_type=kind, metric_name=title, metric_value=round(100 * value, 4), **common)
+            for kind, title, value in values
+        ],
+        ignore_metadata_errors=False,
+    )
+
+
+def _what(model: str, result: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> str:
+    side = config["pretrained_cfg"]["input_size"]
+    kind = (
+        "with batch normalization, initialized by RISOTTO"
+        if model.endswith("_bn")
+        else "without any normalization, initialized by RISOTTO"
+    )
+    return (
+        f"A ResNet {kind} ([arXiv 2210.02411](https://arxiv.org/abs/2210.02411)) and trained on {data['title']}: "
+        f"{config['num_classes']} classes, {side[0]} x {side[1]} x {side[2]} inputs, "
+        f"{result['parameters'] / 1e6:.2f} M parameters, {result['dtype']}. The Python package risotto-zoo registers "
+        "the architecture with timm."
+    )
+
+
+def _results(result: dict[str, Any]) -> str:
+    rows = [
+        "| model | top-1 (95% interval) | top-5 | loss | epochs, seed | training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for i, row in enumerate([result, *result["baselines"]]):
+        score, name = row["evaluation"], f"**{row['model']}**" if i == 0 else row["model"]
+        rows.append(
+            f"| {name} | {_score(row)} | {_percent(score['top5'])} | {score['loss']:.4f} "
+            f"| {row['epochs']}, {row['seed']} | {duration(row['train_seconds'])} on {row['hardware']} |"
+        )
+    images = result["evaluation"]["images"]
+    beside = (
+        " The other rows were trained on the same files by the same recipe, but for model and learning rate."
+    )
+    note = f"On {images:,} test images, evaluated once, in float32."
+    if result["baselines"]:
+        note += beside
+    return "\n".join(rows) + f"\n\n{note}\n\n![Learning curves](curves.png)"
+
+
+def _data(data: dict[str, Any]) -> str:
+    return f"**Data.** {data['caveat']}"
+
+
+def _use(name: str, config: dict[str, Any], result: dict[str, Any]) -> str:
+    repo = f"hf-hub:{repository(name)}"
+    by_name = f'model = timm.create_model("{name}", pretrained=True).eval()\n' if result["in_zoo"] else ""
+    text = f"""```python
+import timm
+import risotto_zoo  # registers the architecture
+
+{by_name}model = timm.create_model("{repo}", pretrained=True).eval()
+classifier = risotto_zoo.load("{repo}")  # with .model, .transform and .classes
+```
+
+```bash
+risotto-zoo predict IMAGE --model {repo}
+```"""
+    model = result["model"]
+    plain = model.removeprefix("risotto_").removesuffix("_bn")
+    if model.endswith("_bn") and plain in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+        text += f"""
+
+The weights fit timm's own {plain}, without risotto-zoo:
+
+```python
+from huggingface_hub import hf_hub_download
+
+weights = hf_hub_download("{repository(name)}", "{WEIGHTS}")
+model = timm.create_model("{plain}", num_classes={config["num_classes"]}, checkpoint_path=weights)
+```"""
+    return text
+
+
+def _reproduce(result: dict[str, Any], recipe: Recipe) -> str:
+    return f"""`recipe.yaml` is the whole experiment, `metrics.csv` its log. In a checkout of risotto-zoo, with this
+repository in FOLDER and the data in `{recipe.data.source}`:
+
+```bash
+python -m training.train --recipe FOLDER/recipe.yaml
+python -m training.evaluate local-dir:FOLDER
+```
+
+It took {duration(result["train_seconds"])} on {result["hardware"]} \
+({result["train_images_per_second"]:.0f} images/s)."""
+
+
+def _isometry(result: dict[str, Any]) -> str:
+    values = result["isometry"]
+    return (
+        "Before the first step, the Jacobian of the signal of the last feature map (the difference of paired channels) "
+        f"by the image had singular values from {values['smallest']:.7f} to {values['largest']:.7f} "
+        f"({values['probes']} random probes, float32)."
+    )
+
+
+def _limits(result: dict[str, Any], config: dict[str, Any]) -> str:
+    return (
+        f"It knows {config['num_classes']} classes and answers with one of them whatever it is shown. One seed was "
+        f"trained; the interval above is that of the test images, not of training. It has not been tested for "
+        "robustness, bias or calibration, and is meant for research."
+    )
+
+
+_SOURCE = """The initialization is that of "Dynamical Isometry for Residual Networks" (A. Gadhikar, R. Burkholz); the
+construction for identity skips is risotto-zoo's.
+
+```bibtex
+@article{gadhikar2022dynamical,
+  title   = {Dynamical Isometry for Residual Networks},
+  author  = {Gadhikar, Advait and Burkholz, Rebekka},
+  journal = {arXiv preprint arXiv:2210.02411},
+  year    = {2022}
+}
+```"""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"
+
+
+def _score(result: dict[str, Any]) -> str:
+    score = result["evaluation"]
+    low, high = score["top1_interval"]
+    return f"{_percent(score['top1'])} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def _training(result: dict[str, Any]) -> str:
+    return (
+        f"{result['epochs']} epochs, seed {result['seed']}, {duration(result['train_seconds'])}, {result['hardware']}"
+    )
+
+
+def _weights(result: dict[str, Any]) -> str:
+    place = {"package": "in the package", "repository": "in the repository", "hub": "on the Hub"}[result["location"]]
+    return f"{result['bytes'] / 1e6:.1f} MB {result['dtype']}, {place}"
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.cards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 2 if a page is stale")
+    args = parser.parse_args()
+    _check_weights()
+    if not args.check:
+        write_pages()
+    elif stale := stale_pages():
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        raise UserError(f"stale: {names}; run python -m training.cards")
+
+
+if __name__ == "__main__":
+    main()

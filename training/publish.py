@@ -1,0 +1,173 @@
+"""Publish a release folder on the Hugging Face Hub: python -m training.publish model_cards/NAME --repo-id ORG/NAME
+
+One commit, tagged with the release's version; then what the Hub serves is downloaded afresh, every hash is compared,
+and the model that comes out must give the logits of the local one. Running it again changes nothing; after an
+interruption it completes what is missing.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from risotto_zoo.checkpoints import WEIGHTS, read_tensors, read_verified
+from risotto_zoo.errors import UserError, exits_cleanly
+from risotto_zoo.files import git_sha1, sha256
+from risotto_zoo.hub import explained, patiently
+from risotto_zoo.models import create_model
+
+from .cards import LICENSE, card, read_json
+from .console import say
+
+FILES = ("README.md", "config.json", WEIGHTS, "results.json", "recipe.yaml", "metrics.csv", "curves.png")
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Make sure that a folder is a whole release whose parts belong together; returns its results.
+
+    Raises:
+        UserError: Naming the first thing that is missing or does not fit.
+    """
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} is no release: it lacks {', '.join(missing)}; make one with python -m training.release"
+        )
+    results = read_json(folder / "results.json")
+    if not isinstance(results, dict) or not {"name", "version", "bytes", "sha256", "evaluation"} <= results.keys():
+        raise UserError(f"{folder / 'results.json'} is not that of a release; make one with python -m training.release")
+    try:
+        data = read_verified(folder / WEIGHTS, results["sha256"].get(WEIGHTS, ""), results["bytes"])
+    except UserError as error:
+        raise UserError(f"{folder}: results.json does not belong to the weights. {error}") from None
+    read_tensors(data, str(folder / WEIGHTS))
+    _check_card(folder)
+    return results
+
+
+def _check_card(folder: Path) -> None:
+    path = folder / "README.md"
+    try:
+        metadata = ModelCard.load(path).data.to_dict()
+    except Exception as error:  # YAML and the card's schema raise their own kinds
+        raise UserError(f"{path}: the card's metadata cannot be read: {str(error).splitlines()[0]}") from None
+    wanted = {"license": LICENSE, "library_name": "timm", "pipeline_tag": "image-classification"}
+    for key, value in wanted.items():
+        if metadata.get(key) != value:
+            raise UserError(
+                f"{path}: the card's {key} is {metadata.get(key)!r}, not {value!r}; run python -m training.cards"
+            )
+    if path.read_text(encoding="utf-8") != card(folder):
+        raise UserError(f"{path} does not say what results.json does; run python -m training.cards, or release the run again")
+
+
+def publish(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
+    """Bring a release to the Hub and prove that it arrived; returns the commit.
+
+    Args:
+        folder: As `training.release` made it.
+        repo_id: ORG/NAME.
+        private: Create the repository as a private one; one that exists stays as it is.
+        revision: Branch to commit to; main if None.
+
+    Raises:
+        UserError: If the folder is no whole release, the Hub cannot be reached or refuses, the version is published
+            already with other files, or what comes back is not what was sent.
+    """
+    results = check(folder)
+    tag = f"v{results['version']}"
+    local = {name: (folder / name).read_bytes() for name in FILES}
+    try:
+        validate_repo_id(repo_id)
+        api = HfApi()
+        patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        if revision is not None:
+            patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        commit = _tagged(api, repo_id, tag, local)
+        if commit is None:
+            say(f"uploading {sum(map(len, local.values())) / 1e6:.1f} MB to {repo_id}")
+            upload = lambda: api.upload_folder(  # noqa: E731
+                repo_id=repo_id,
+                folder_path=folder,
+                allow_patterns=list(FILES),
+                revision=revision,
+                commit_message=f"{results['name']} {tag}",
+            )
+            commit = patiently(upload).oid
+            patiently(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
+        else:
+            say(f"{repo_id} holds {tag} already, with the same files")
+        _verify(repo_id, tag, local)
+    except Exception as error:
+        raise explained(error, repo_id, repo_id) from None
+    return commit
+
+
+def _tagged(api: HfApi, repo_id: str, tag: str, local: dict[str, bytes]) -> str | None:
+    """The commit of a version that is published with these very files; None if the version is not there."""
+    try:
+        info = patiently(lambda: api.model_info(repo_id, revision=tag, files_metadata=True))
+    except RevisionNotFoundError:
+        return None
+    there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or []}
+    for name, data in local.items():
+        if there.get(name) not in (sha256(data), git_sha1(data)):
+            raise UserError(
+                f"{repo_id} holds {tag} already, with another {name}. A published version does not change: release the "
+                "new run in model_cards, which counts its version up, or publish under another name"
+            )
+    return info.sha
+
+
+def _verify(repo_id: str, tag: str, local: dict[str, bytes]) -> None:
+    """Download the version into an empty cache, compare every file, and the logits of the two models."""
+    with tempfile.TemporaryDirectory() as cache:
+        fetch = lambda: snapshot_download(repo_id, revision=tag, cache_dir=cache)  # noqa: E731
+        snapshot = Path(patiently(fetch))
+        for name, data in local.items():
+            path = snapshot / name
+            if not path.is_file() or sha256(path.read_bytes()) != sha256(data):
+                raise UserError(f"{repo_id}@{tag}: {name} came back from the Hub changed; run the same again")
+        with tempfile.TemporaryDirectory() as sent:
+            for name in ("config.json", WEIGHTS):
+                (Path(sent) / name).write_bytes(local[name])
+            ours, theirs = (create_model(f"local-dir:{place}", pretrained=True).eval() for place in (sent, snapshot))
+    size = ours.pretrained_cfg["input_size"]
+    images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        if not torch.equal(ours(images), theirs(images)):
+            raise UserError(f"{repo_id}@{tag}: the published model computes something else than the local one")
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.publish",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The token is taken from HF_TOKEN or `hf auth login`; the Hub's address from HF_ENDPOINT.",
+    )
+    parser.add_argument("folder", type=Path, help="release folder, as python -m training.release makes it")
+    parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="repository on the Hub")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--revision", help="branch to commit to (default: main)")
+    parser.add_argument("--dry-run", action="store_true", help="check the folder and say what would be done")
+    args = parser.parse_args()
+    if args.dry_run:
+        results = check(args.folder)
+        for name in FILES:
+            print(f"{name:20} {(args.folder / name).stat().st_size:>12,} bytes")
+        print(f"would be published as {args.repo_id}, version v{results['version']}")
+        return
+    commit = publish(args.folder, args.repo_id, args.private, args.revision)
+    print(f"{args.repo_id} at {commit[:12]}: every file verified, logits equal")
+    print(f"load      timm.create_model('hf-hub:{args.repo_id}', pretrained=True)  # after import timm, risotto_zoo")
+
+
+if __name__ == "__main__":
+    main()

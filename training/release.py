@@ -1,0 +1,217 @@
+"""Make a released model from a finished run: python -m training.release runs/cifar10_resnet20 --tag cifar10-jpeg
+
+The release is a folder, model_cards/NAME.TAG, laid out as its repository on the Hub. Weights of up to 4 MB go into the
+package; larger ones into the repository while all tracked files stay under 28 MiB, the rest is for the Hub only. With
+--output the same folder is made anywhere, and the zoo does not learn of it.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor
+
+from risotto_zoo.checkpoints import WEIGHTS, read_tensors, read_verified
+from risotto_zoo.errors import UserError, exits_cleanly
+from risotto_zoo.evaluation import evaluate
+from risotto_zoo.files import sha256, write_atomically
+from risotto_zoo.hub import PACKAGE
+from risotto_zoo.isometry import probed_singular_values, signal_map
+from risotto_zoo.models import create_model
+
+from .cards import CARDS, card, read_json, write_pages
+from .data import View
+from .distributed import World, choose_device
+from .pipelines import validation_batches, validation_set
+from .recipe import Recipe, load_recipe
+
+PACKAGE_BYTES = 4_000_000
+REPOSITORY_BYTES = 28 * 2**20
+COPIED = ("config.json", "recipe.yaml", "metrics.csv", "curves.png")
+PROBES = 64
+
+
+def release(
+    run: Path,
+    tag: str,
+    baselines: list[Path],
+    output: Path | None = None,
+    half: bool = False,
+    device: str | None = None,
+) -> Path:
+    """Write the release of a run and everything that is generated from it; returns its folder.
+
+    Args:
+        run: Folder of a finished run.
+        tag: Name of the data set.
+        baselines: Finished runs under the same conditions, whose results the card shows beside this one's.
+        output: The folder, if it is not to be one of the zoo's.
+        half: Store the weights in float16 and evaluate what is stored.
+        device: Where to evaluate, if `half`.
+
+    Raises:
+        UserError: If a run is unfinished or its files do not belong together, or the net is not one that
+            `timm.create_model` makes from its name alone. The release that was there before is untouched.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", tag):
+        raise UserError(f"tag {tag!r}: use lower-case letters, digits, - and _, such as cifar10-jpeg")
+    results, state = _finished(run)
+    config = read_json(run / "config.json")
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    _check_plain(config, run)
+    name = f"{config['architecture']}.{tag}"
+    better = results.pop("better", "raw")
+    results.pop("ema" if better == "raw" else "raw", None)
+    score = results.pop(better)
+    if half:
+        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+        score = _evaluated(run, recipe, state, device)
+    data = safetensors.torch.save(state, metadata={"format": "pt"})
+    folder = output or CARDS / name
+    location = "hub" if output else _location(name, len(data))
+    before = read_json(folder / "results.json") if (folder / "results.json").is_file() else {"version": 0, "sha256": {}}
+    changed = before["sha256"].get(WEIGHTS) != sha256(data)
+    results |= {
+        "name": name,
+        "version": before["version"] + changed,
+        "weights": better,
+        "dtype": "float16" if half else "float32",
+        "location": location,
+        "in_zoo": output is None,
+        "bytes": len(data),
+        "sha256": {WEIGHTS: sha256(data)},
+        "evaluation": score,
+        "baselines": [_baseline(path) for path in baselines],
+        "isometry": _isometry(config, recipe),
+    }
+    _replace_folder(folder, run, results, data)
+    if output is None:
+        write_pages()
+    return folder
+
+
+def _finished(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Results and the better weights of a run, verified."""
+    missing = [name for name in ("results.json", *COPIED) if not (run / name).is_file()]
+    if missing or not (results := read_json(run / "results.json")).get("finished"):
+        raise UserError(f"{run} holds no finished run; run its training command again to finish it")
+    name = "model_ema.safetensors" if results.get("better") == "ema" else WEIGHTS
+    data = read_verified(run / name, results["sha256"].get(name))
+    return results, read_tensors(data, str(run / name))
+
+
+def _check_plain(config: dict[str, Any], run: Path) -> None:
+    name = config["architecture"]
+    if not name.startswith("risotto_") or not timm.is_model(name):
+        raise UserError(f"{run}: {name} is not a model of this zoo")
+    structural = sorted(config["model_args"].keys() - {"init", "alpha"})
+    if structural:
+        raise UserError(
+            f"{run} changed {', '.join(structural)} of {name} in model_args: a release must load by its name alone; "
+            "register the variant under a name of its own first"
+        )
+
+
+def _evaluated(run: Path, recipe: Recipe, state: dict[str, Tensor], device: str | None) -> dict[str, Any]:
+    """The accuracy of exactly these weights, on the images that the run was validated on."""
+    model = create_model(f"local-dir:{run}").to(choose_device(device))
+    model.load_state_dict(state)
+    view = View.of(resolve_data_config(model=model, verbose=False))
+    world = World(0, 1, next(model.parameters()).device)
+    return asdict(evaluate(model, validation_batches(validation_set(recipe.data, view), view, world)))
+
+
+def _baseline(run: Path) -> dict[str, Any]:
+    results, _ = _finished(run)
+    kept = ("model", "epochs", "seed", "train_seconds", "hardware", "parameters")
+    score = results[results.get("better", "raw")]
+    return {**{key: results[key] for key in kept}, "evaluation": score}
+
+
+def _isometry(config: dict[str, Any], recipe: Recipe) -> dict[str, Any] | None:
+    """Singular values of the signal Jacobian of the net as the run began it; None with batch normalization."""
+    if config["architecture"].endswith("_bn") or recipe.init_from is not None:
+        return None
+    size = config["pretrained_cfg"]["input_size"]
+    args = {"num_classes": config["num_classes"], "in_chans": size[0], "seed": recipe.seed, **config["model_args"]}
+    model = create_model(config["architecture"], **args).eval()
+    image = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    values = probed_singular_values(signal_map(model), image, PROBES)
+    return {"probes": len(values), "smallest": values.min().item(), "largest": values.max().item()}
+
+
+def _location(name: str, size: int) -> str:
+    if size <= PACKAGE_BYTES:
+        return "package"
+    root = CARDS.parent
+    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True)
+    files = [root / line for line in listed.stdout.split("\0") if line and Path(line).parent.name != name]
+    tracked = sum(file.lstat().st_size for file in files if file.exists())
+    return "repository" if tracked + size <= REPOSITORY_BYTES else "hub"
+
+
+def _replace_folder(folder: Path, run: Path, results: dict[str, Any], data: bytes) -> None:
+    """Build the folder beside its place and swap, so that the old release is there, whole, until the new one is."""
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    package_file = PACKAGE / "weights" / f"{folder.name}.safetensors"
+    try:
+        for rest in (new, old):
+            shutil.rmtree(rest, ignore_errors=True)
+        new.mkdir(parents=True)
+        for name in COPIED:
+            shutil.copyfile(run / name, new / name)
+        write_atomically(new / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+        if results["location"] == "package":
+            package_file.parent.mkdir(exist_ok=True)
+            write_atomically(package_file, data)
+            (new / WEIGHTS).symlink_to(os.path.relpath(package_file, folder))
+        else:
+            write_atomically(new / WEIGHTS, data)
+        write_atomically(new / "README.md", card(new).encode())
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--tag", required=True, help="name of the data set, such as cifar10-jpeg")
+    parser.add_argument(
+        "--baseline",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="RUN",
+        help="finished runs under the same conditions, for the card's table",
+    )
+    parser.add_argument("--output", type=Path, help="folder of a release outside the zoo (default: in model_cards)")
+    parser.add_argument("--half", action="store_true", help="store float16, and evaluate what is stored")
+    parser.add_argument("--device", help="where to evaluate with --half (default: cuda where there is one)")
+    args = parser.parse_args()
+    folder = release(args.run, args.tag, args.baseline, args.output, args.half, args.device)
+    results = read_json(folder / "results.json")
+    print(f"{folder}: {results['name']} version {results['version']}, {100 * results['evaluation']['top1']:.2f}% top-1")
+    print(f"weights {results['bytes'] / 1e6:.1f} MB, {results['location']}")
+    print(f"publish with: python -m training.publish {folder} --repo-id ORG/{results['name']}")
+
+
+if __name__ == "__main__":
+    main()
