@@ -118,18 +118,18 @@ def fetch(
         except UserError:
             _forget(cached)
             cached = None
-    try:
-        url = huggingface_hub.hf_hub_url(repo_id, filename, revision=revision)
-        known = patiently(lambda: huggingface_hub.get_hf_file_metadata(url, timeout=_HEAD_SECONDS))
-    except Exception as error:
-        if cached is None or not (_may_pass(error) or isinstance(error, OfflineModeIsEnabled)):
-            raise explained(error, what, repo_id) from None
-        read_verified(cached, _hash_in(cached))
-        return cached
-    if digest is not None and known.etag != digest:
-        raise UserError(f"{what} is not the file this version of risotto-zoo knows; install the newest risotto-zoo")
     for attempt in (1, 2):
-        path = _download(repo_id, filename, known.commit_hash, cache_dir, what)
+        try:
+            url = huggingface_hub.hf_hub_url(repo_id, filename, revision=revision)
+            known = patiently(lambda url=url: huggingface_hub.get_hf_file_metadata(url, timeout=_HEAD_SECONDS))
+        except Exception as error:
+            if cached is None or not (_may_pass(error) or isinstance(error, OfflineModeIsEnabled)):
+                raise explained(error, what, repo_id) from None
+            read_verified(cached, _hash_in(cached))
+            return cached
+        if digest is not None and known.etag != digest:
+            raise UserError(f"{what} is not the file this version of risotto-zoo knows; install the newest risotto-zoo")
+        path = _download(repo_id, filename, revision, cache_dir, what)
         try:
             read_verified(path, known.etag if _is_hash(known.etag) else None, known.size)
             return path
@@ -140,10 +140,10 @@ def fetch(
     raise AssertionError
 
 
-def _download(repo_id: str, filename: str, commit: str | None, cache_dir: str | Path | None, what: str) -> Path:
+def _download(repo_id: str, filename: str, revision: str | None, cache_dir: str | Path | None, what: str) -> Path:
     try:
         call = lambda: huggingface_hub.hf_hub_download(  # noqa: E731
-            repo_id, filename, revision=commit, cache_dir=cache_dir, etag_timeout=_HEAD_SECONDS
+            repo_id, filename, revision=revision, cache_dir=cache_dir, etag_timeout=_HEAD_SECONDS
         )
         return Path(patiently(call))
     except Exception as error:

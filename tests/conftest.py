@@ -1,10 +1,20 @@
 """Shared by the tests: options, skips with their reasons, a small real image folder, and commands run in process."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hub_server import TOKEN, Hub
+
+# Every process of the tests, and all that it starts, has this Hub for its Hub; the client reads these once, on import.
+HUB = Hub().start()
+os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.pop("HF_HUB_OFFLINE", None)
+
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -37,6 +47,18 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RISOTTO_ZOO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # for processes that a test starts
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Hub:
+    """An empty Hub whose token we have; its faults come without the waits of the client's retries."""
+    HUB.reset()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
+    return HUB
 
 
 @dataclass

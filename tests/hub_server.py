@@ -9,7 +9,6 @@ import json
 import re
 import threading
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -45,31 +44,34 @@ class Repository:
         return oid if oid in self.commits else None
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """A client that hung up is no news: faults make them do so."""
+
+
 class Hub:
-    """`with Hub() as hub:` serves at hub.url; hub.repos is what it holds, hub.requests what it was asked."""
+    """Serves at `url` once started; `repos` is what it holds, `requests` what it was asked."""
 
     def __init__(self):
+        self.lock = threading.RLock()
+        self.reset()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        # Large files lie on another host, as on the real Hub: clients read a redirect's headers and follow it later.
+        self.servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
+        self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
+
+    def reset(self):
         self.repos: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
-        self.authorizations = defaultdict(set)
-        self.lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        # Large files lie on another host, as on the real Hub: clients read a redirect's headers and follow it later.
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
-        self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
 
-    def __enter__(self):
+    def start(self):
         for server in self.servers:
-            server.daemon_threads = True
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
-
-    def __exit__(self, *_):
-        for server in self.servers:
-            server.shutdown()
-            server.server_close()
 
     def fail(self, pattern, kind, times=1, skip=0):
         self.faults.append(Fault(pattern, kind, times, skip))
@@ -110,7 +112,6 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         request = f"{self.command} {path}"
         self.hub.requests.append(request)
-        self.hub.authorizations[self.headers.get("Authorization")].add(request)
         length = int(self.headers.get("Content-Length") or 0)
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             body = b""
@@ -190,8 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'tester'}/{asked['name']}"
         if name in self.hub.repos:
             return self._json({"error": "exists", "url": f"{self.hub.url}/{name}"}, 409)
+        private = bool(asked.get("private")) or asked.get("visibility") == "private"
         first = hashlib.sha1(name.encode()).hexdigest()
-        self.hub.repos[name] = Repository(bool(asked.get("private")), {first: {}}, {"main": first})
+        self.hub.repos[name] = Repository(private, {first: {}}, {"main": first})
         self._json({"url": f"{self.hub.url}/{name}", "name": name, "id": name})
 
     def whoami(self, body):
@@ -212,8 +214,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(404, "Invalid rev id", "RevisionNotFound")
         siblings = [{"rfilename": path, **self._facts(found, path, data)} for path, data in found.commits[oid].items()]
         self._json(
-            {"_id": repo, "id": repo, "modelId": repo, "sha": oid, "private": found.private, "siblings": siblings,
-             "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
+            {
+                "_id": repo,
+                "id": repo,
+                "modelId": repo,
+                "sha": oid,
+                "private": found.private,
+                "siblings": siblings,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+            }
         )
 
     def _facts(self, repo, path, data):
@@ -243,7 +254,9 @@ class _Handler(BaseHTTPRequestHandler):
             listed = lambda refs, kind: [  # noqa: E731
                 {"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": oid} for n, oid in refs.items()
             ]
-            self._json({"branches": listed(found.branches, "heads"), "tags": listed(found.tags, "tags"), "converts": []})
+            self._json(
+                {"branches": listed(found.branches, "heads"), "tags": listed(found.tags, "tags"), "converts": []}
+            )
 
     def preupload(self, body, repo, revision):
         found = self._repo(repo)
@@ -305,8 +318,9 @@ class _Handler(BaseHTTPRequestHandler):
         oid = hashlib.sha1(body + str(len(found.commits)).encode()).hexdigest()
         found.commits[oid] = files
         found.branches[revision] = oid
-        self._json({"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid, "hookOutput": "",
-                    "success": True})  # fmt: skip
+        self._json(
+            {"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid, "hookOutput": "", "success": True}
+        )
 
     def tag(self, body, repo, revision):
         found = self._repo(repo)

@@ -231,9 +231,7 @@ def _results(result: dict[str, Any]) -> str:
             f"| {row['epochs']}, {row['seed']} | {duration(row['train_seconds'])} on {row['hardware']} |"
         )
     images = result["evaluation"]["images"]
-    beside = (
-        " The other rows were trained on the same files by the same recipe, but for model and learning rate."
-    )
+    beside = " The other rows were trained on the same files by the same recipe, but for model and learning rate."
     note = f"On {images:,} test images, evaluated once, in float32."
     if result["baselines"]:
         note += beside

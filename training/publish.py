@@ -63,7 +63,7 @@ def _check_card(folder: Path) -> None:
                 f"{path}: the card's {key} is {metadata.get(key)!r}, not {value!r}; run python -m training.cards"
             )
     if path.read_text(encoding="utf-8") != card(folder):
-        raise UserError(f"{path} does not say what results.json does; run python -m training.cards, or release the run again")
+        raise UserError(f"{path} does not say what results.json does; run python -m training.cards or release again")
 
 
 def publish(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:

@@ -1,0 +1,521 @@
+"""Releases on their way: publish, fetch, verify, whatever the line, the Hub or the disk does to them."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_server import TOKEN
+
+import risotto_zoo
+from risotto_zoo import hub as fetching
+from risotto_zoo.checkpoints import WEIGHTS
+from risotto_zoo.cli import main as cli
+from risotto_zoo.errors import UserError
+from risotto_zoo.files import sha256
+from training import cards, publish, release, train
+
+NAME = "risotto_resnet20.digits"
+REPO = f"somebody/{NAME}"
+COMMIT = "POST .*/commit/"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A finished run of the digits recipe, cut short."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    short = ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "data.image_size=8", "--set", "batch_size=256"]
+    command = [sys.executable, "-m", "training.train", "--recipe", "digits", *short, "--output", str(folder)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(run, tmp_path_factory) -> Path:
+    return release.release(run, "digits", [run], tmp_path_factory.mktemp("release") / NAME)
+
+
+@pytest.fixture
+def folder(released, tmp_path) -> Path:
+    """A release of this test's own."""
+    copy = tmp_path / NAME
+    copy.mkdir()
+    for path in released.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.fixture
+def published(hub, folder) -> dict[str, bytes]:
+    """The release is on the Hub, put there by other means."""
+    files = {name: (folder / name).read_bytes() for name in publish.FILES}
+    hub.put(REPO, files, tag="v1")
+    return files
+
+
+def logits(model):
+    size = model.pretrained_cfg["input_size"]
+    with torch.no_grad():
+        return model.eval()(torch.randn(2, *size, generator=torch.Generator().manual_seed(0)))
+
+
+def one_line(result):
+    """The command failed as commands of this project do: one line on the error, no traceback, no token."""
+    assert result.code == 2, result
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.err and TOKEN not in result.out + result.err
+    return errors[0]
+
+
+# --- the whole way
+
+
+def test_from_a_run_to_a_new_process_with_an_empty_cache(run, hub, command, tmp_path):
+    folder = tmp_path / "mine"
+    assert command(release.main, run, "--tag", "digits", "--output", folder).code == 0
+    result = command(publish.main, folder, "--repo-id", REPO)
+    assert result.code == 0 and "logits equal" in result.out, result
+    script = (
+        "import sys, timm, torch, risotto_zoo, safetensors.torch as st\n"
+        f"model = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()\n"
+        "images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))\n"
+        "st.save_file({'logits': model(images).detach()}, sys.argv[1])"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script, tmp_path / "out"], check=True, env=environment)
+    theirs = safetensors.torch.load_file(tmp_path / "out")["logits"]
+    assert torch.equal(theirs, logits(timm.create_model(f"local-dir:{run}", pretrained=True)))
+    assert torch.equal(theirs, logits(risotto_zoo.load(f"hf-hub:{REPO}", revision="v1").model))
+
+
+def test_publishing_twice_changes_nothing(folder, hub, command):
+    assert command(publish.main, folder, "--repo-id", REPO).code == 0
+    before = dict(hub.repos[REPO].commits), dict(hub.repos[REPO].tags)
+    hub.requests.clear()
+    assert command(publish.main, folder, "--repo-id", REPO).code == 0
+    assert (hub.repos[REPO].commits, hub.repos[REPO].tags) == before
+    assert not [request for request in hub.requests if request.startswith("PUT") or "/commit/" in request]
+
+
+def test_one_commit_private_and_on_a_branch(folder, hub, command):
+    assert command(publish.main, folder, "--repo-id", REPO, "--private", "--revision", "next").code == 0
+    repo = hub.repos[REPO]
+    assert repo.private and len(repo.commits) == 2 and repo.tags == {"v1": repo.branches["next"]}
+    assert repo.commits[repo.branches["main"]] == {}
+    assert set(repo.commits[repo.branches["next"]]) == set(publish.FILES)
+
+
+def test_dry_run_asks_nobody(folder, hub, command):
+    result = command(publish.main, folder, "--repo-id", REPO, "--dry-run")
+    assert result.code == 0 and "version v1" in result.out and not hub.requests
+
+
+# --- publishing through faults
+
+STEPS = ["POST /api/repos/create", "/preupload/", "POST .*/objects/batch", "PUT /upload/", "POST /verify/",
+         COMMIT, "POST .*/tag/", "GET /api/models/.*/revision", "GET .*/resolve/", "GET /cdn/"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"), [(step, kind) for step in STEPS for kind in (503, "drop")] + [(COMMIT, 429), (COMMIT, 500)]
+)
+def test_publishing_survives_a_fault_that_passes(step, kind, folder, hub, command):
+    hub.fail(step, kind)
+    result = command(publish.main, folder, "--repo-id", REPO)
+    if result.code:  # where the client gives up at once, the next run completes it
+        one_line(result)
+        result = command(publish.main, folder, "--repo-id", REPO)
+    assert result.code == 0, result
+    assert all(fault.times == 0 for fault in hub.faults)
+    assert hub.repos[REPO].commits[hub.repos[REPO].tags["v1"]].keys() == set(publish.FILES)
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [(step, kind) for step in STEPS[:-2] for kind in (401, "drop")] + [(COMMIT, kind) for kind in (403, 404, 429, 503)],
+)
+def test_a_lasting_fault_is_one_line_and_the_published_stays_whole(step, kind, folder, published, hub, command):
+    version_up(folder)
+    hub.fail(step, kind, times=None)
+    result = command(publish.main, folder, "--repo-id", REPO)
+    if not (result.code == 0 and "create" in step and kind in (401, 403)):  # it exists, so it need not be created
+        one_line(result)
+    hub.faults.clear()
+    repo = hub.repos[REPO]
+    assert repo.commits[repo.tags["v1"]] == published  # as it was
+    assert all(set(files) == set(publish.FILES) for files in repo.commits.values())
+    assert command(publish.main, folder, "--repo-id", REPO).code == 0
+    assert set(repo.tags) == {"v1", "v2"} and repo.commits[repo.tags["v1"]] == published
+
+
+def version_up(folder):
+    """Another run of the same model, as `training.release` would count it."""
+    state = safetensors.torch.load_file(folder / WEIGHTS)
+    state["fc.bias"] += 1
+    safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    data = (folder / WEIGHTS).read_bytes()
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"version": 2, "bytes": len(data), "sha256": {WEIGHTS: sha256(data)}}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "README.md").write_text(cards.card(folder))
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate"])
+@pytest.mark.parametrize("step", ["GET .*/resolve/", "GET /cdn/"])
+def test_publishing_notices_what_comes_back_changed(kind, step, folder, hub, command):
+    hub.fail(step, kind, times=None)
+    one_line(command(publish.main, folder, "--repo-id", REPO))
+    hub.faults.clear()
+    assert command(publish.main, folder, "--repo-id", REPO).code == 0
+
+
+def test_a_rejected_commit_is_told_and_leaves_the_repository_as_it_was(folder, published, hub, command):
+    version_up(folder)
+    hub.fail("POST .*/commit/", 412, times=None)
+    assert "412" in one_line(command(publish.main, folder, "--repo-id", REPO))
+    assert len(hub.repos[REPO].commits) == 1
+
+
+def test_a_version_is_never_changed(folder, published, hub, command):
+    hub.repos[REPO].commits[hub.repos[REPO].tags["v1"]]["metrics.csv"] = b"others"
+    assert "does not change" in one_line(command(publish.main, folder, "--repo-id", REPO))
+
+
+def test_no_token_and_a_wrong_one(folder, hub, command, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    error = one_line(command(publish.main, folder, "--repo-id", REPO))
+    assert "HF_TOKEN" in error and "hf_wrong" not in error
+    monkeypatch.delenv("HF_TOKEN")
+    assert "HF_TOKEN" in one_line(command(publish.main, folder, "--repo-id", REPO))
+
+
+@pytest.mark.parametrize("name", ["", "no spaces", "a/b/c", "-x/y", "x/" + "n" * 120])
+def test_impossible_repository_names(name, folder, hub, command):
+    assert "repository" in one_line(command(publish.main, folder, f"--repo-id={name}"))
+
+
+def test_publish_refuses_what_is_no_whole_release(folder, hub, command):
+    def refused(word):
+        assert word in one_line(command(publish.main, folder, "--repo-id", REPO))
+
+    card, results = folder / "README.md", folder / "results.json"
+    text = card.read_text()
+    card.write_text(text.replace("library_name: timm", "library_name: keras"))
+    refused("library_name")
+    card.write_text(text.replace("parameters", "parrots"))
+    refused("does not say what")
+    card.write_text("---\n: [\n---\n")
+    refused("metadata")
+    card.write_text(text)
+    weights = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    refused("does not belong to the weights")
+    results.write_text("{")
+    refused("results.json")
+    results.unlink()
+    refused("results.json")
+    assert not hub.repos
+
+
+# --- loading through faults
+
+
+@pytest.mark.parametrize("step", ["HEAD .*/resolve/", "GET .*/resolve/", "GET /cdn/"])
+@pytest.mark.parametrize("kind", [429, 500, "drop", "truncate", "flip", "slow"])
+def test_loading_survives_a_fault_that_passes(step, kind, published, hub, command, folder):
+    hub.fail(step, kind)
+    result = command(cli, "predict", folder / "curves.png", "--model", f"hf-hub:{REPO}")
+    assert result.code == 0 and "%" in result.out, result
+
+
+@pytest.mark.parametrize("step", ["HEAD .*/resolve/.*/config", "HEAD .*/resolve/.*safetensors", "GET /cdn/"])
+@pytest.mark.parametrize("kind", [401, 403, 404, 429, 503, "drop", "truncate", "flip"])
+def test_a_lasting_fault_leaves_nothing_loadable(step, kind, published, hub, command, folder):
+    ask = [cli, "predict", folder / "curves.png", "--model", f"hf-hub:{REPO}"]
+    if step.startswith("HEAD") and kind in ("truncate", "flip"):
+        pytest.skip("a HEAD has no body")
+    hub.fail(step, kind, times=None)
+    one_line(command(*ask))
+    hub.faults.clear()
+    cached = huggingface_hub.try_to_load_from_cache(REPO, WEIGHTS)
+    assert not isinstance(cached, str) or Path(cached).read_bytes() == published[WEIGHTS]
+    assert command(*ask).code == 0
+
+
+def test_what_the_cache_holds_is_verified_each_time_and_mended(published, hub):
+    good = logits(risotto_zoo.load(f"hf-hub:{REPO}").model)
+    for name in (WEIGHTS, "config.json"):
+        path = Path(huggingface_hub.try_to_load_from_cache(REPO, name))
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 4
+        path.write_bytes(data)
+        assert torch.equal(logits(risotto_zoo.load(f"hf-hub:{REPO}").model), good)
+        assert path.read_bytes() == published[name]
+
+
+def test_timm_itself_is_warned_of_a_damaged_config(published, hub):
+    risotto_zoo.load(f"hf-hub:{REPO}")
+    path = Path(huggingface_hub.try_to_load_from_cache(REPO, "config.json"))
+    path.write_bytes(path.read_bytes().replace(b'"crop_pct": 1.0', b'"crop_pct": 0.5'))
+    with pytest.raises(UserError, match=r"config.json .* thrown away"):
+        timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+    assert timm.create_model(f"hf-hub:{REPO}", pretrained=True).pretrained_cfg["crop_pct"] == 1.0
+
+
+def test_only_safetensors_are_read(published, hub):
+    files = {name: data for name, data in published.items() if name != WEIGHTS}
+    hub.put(REPO, {**files, "pytorch_model.bin": b"\x80\x04K\x01."})
+    with pytest.raises(UserError, match="only safetensors"):
+        timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+    assert not any("pytorch_model.bin" in request for request in hub.requests)
+
+
+def test_only_safetensors_are_read_from_a_folder(folder):
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="other formats"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_a_revision_a_repository_and_a_file_that_are_not_there(published, hub):
+    with pytest.raises(UserError, match="no such revision"):
+        risotto_zoo.load(f"hf-hub:{REPO}", revision="v9")
+    with pytest.raises(UserError, match="no such repository"):
+        risotto_zoo.load("hf-hub:somebody/nothing")
+    with pytest.raises(UserError, match="no release"):
+        risotto_zoo.load("resnet18", revision="v1")
+
+
+def hub_only(monkeypatch, folder, hub):
+    """The release as the manifest would list it if its weights were on the Hub alone; its timm arguments."""
+    config = json.loads((folder / "config.json").read_text())
+    results = json.loads((folder / "results.json").read_text())
+    entry = {"location": "hub", "revision": "v1", "bytes": results["bytes"], "sha256": results["sha256"][WEIGHTS]}
+    name = "risotto_resnet20.elsewhere"
+    monkeypatch.setitem(fetching.MANIFEST, name, {**entry, "config": config, "metrics": {}})
+    hub.put(fetching.repository(name), {WEIGHTS: (folder / WEIGHTS).read_bytes()}, tag="v1")
+    cfg = {**config["pretrained_cfg"], "architecture": "risotto_resnet20", "tag": "elsewhere"}
+    return {"pretrained": True, "pretrained_cfg": cfg}, name
+
+
+def test_a_release_that_is_on_the_hub_alone(folder, hub, monkeypatch):
+    args, name = hub_only(monkeypatch, folder, hub)
+    model = timm.create_model("risotto_resnet20", **args)
+    assert torch.equal(logits(model), logits(timm.create_model(f"local-dir:{folder}", pretrained=True)))
+    asked = len(hub.requests)
+    timm.create_model("risotto_resnet20", **args)
+    assert len(hub.requests) == asked  # the cache holds what the manifest names: nobody need be asked
+    hub.put(fetching.repository(name), {WEIGHTS: b"others"}, tag="v1")
+    huggingface_hub.constants.HF_HUB_CACHE += "-empty"
+    with pytest.raises(UserError, match="not the file this version"):
+        timm.create_model("risotto_resnet20", **args)
+
+
+def test_without_a_network_it_says_so_soon(folder, hub, monkeypatch):
+    args, name = hub_only(monkeypatch, folder, hub)
+    monkeypatch.undo()  # sleeps are sleeps again
+    monkeypatch.setitem(fetching.MANIFEST, name, {"revision": "v1", "bytes": 1, "sha256": "0" * 64})
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(fetching.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/never"
+        monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *_, **__: url)
+        start = time.monotonic()
+        with pytest.raises(UserError, match=r"cannot be reached.*hf download"):
+            timm.create_model("risotto_resnet20", **args)
+    assert time.monotonic() - start < 10
+
+
+def test_offline_mode_takes_what_is_cached_and_names_what_is_not(published, hub, monkeypatch):
+    good = logits(risotto_zoo.load(f"hf-hub:{REPO}").model)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    try:
+        assert torch.equal(logits(risotto_zoo.load(f"hf-hub:{REPO}").model), good)
+        with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+            risotto_zoo.load("hf-hub:somebody/else")
+    finally:
+        monkeypatch.undo()
+        huggingface_hub.close_session()
+
+
+# --- weights that are not what they should be
+
+
+def test_every_single_byte_counts(folder):
+    good, draw = (folder / WEIGHTS).read_bytes(), random.Random(0)
+    for _ in range(200):
+        data = bytearray(good)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        (folder / WEIGHTS).write_bytes(data)
+        with pytest.raises(UserError, match="damaged or was changed"):
+            timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("layer2.0.conv1.weight"), "lacks the tensor layer2.0.conv1.weight"),
+        (lambda s: s.update(extra=torch.zeros(1)), "holds a tensor extra"),
+        (lambda s: s.update({"fc.bias": torch.zeros(11)}), "fc.bias has shape"),
+        (lambda s: s["conv1.weight"].view(-1)[:1].fill_(float("nan")), "conv1.weight holds values that are not finite"),
+        (lambda s: s["fc.bias"][:1].fill_(float("inf")), "not finite"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [{}, {"num_classes": 3, "in_chans": 3}, {"features_only": True}])
+def test_tensors_that_do_not_fit_are_named(change, message, arguments, folder):
+    state = safetensors.torch.load_file(folder / WEIGHTS)
+    change(state)
+    safetensors.torch.save_file(state, folder / WEIGHTS)
+    (folder / "results.json").unlink()
+    with pytest.raises(UserError, match=message):
+        timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments)
+
+
+def test_another_architecture_and_a_truncated_file(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architecture": "risotto_resnet32"}))
+    with pytest.raises(UserError, match="belongs to another architecture"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+    (folder / "results.json").unlink()
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:5000])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_half_precision_files_load_as_float32(folder):
+    state = {key: value.half() for key, value in safetensors.torch.load_file(folder / WEIGHTS).items()}
+    safetensors.torch.save_file(state, folder / WEIGHTS)
+    (folder / "results.json").unlink()
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert all(torch.equal(value, state[key].float()) for key, value in model.state_dict().items())
+
+
+def test_adapting_and_features_from_released_weights(folder, published, hub):
+    for place in (f"local-dir:{folder}", f"hf-hub:{REPO}"):
+        model = timm.create_model(place, pretrained=True, num_classes=3, in_chans=3)
+        assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+        assert "state_dict" not in model.pretrained_cfg
+        assert model.pretrained_cfg["source"] == place.split(":")[0]
+        features = timm.create_model(place, pretrained=True, features_only=True, out_indices=(1, 2))
+        original = safetensors.torch.load_file(folder / WEIGHTS)
+        assert torch.equal(features.state_dict()["layer1.0.conv1.weight"], original["layer1.0.conv1.weight"])
+
+
+# --- releases
+
+
+def test_a_release_holds_what_its_repository_will(released, run):
+    assert {path.name for path in released.iterdir()} == set(publish.FILES)
+    results = json.loads((released / "results.json").read_text())
+    assert results["version"] == 1 and results["sha256"][WEIGHTS] == sha256((released / WEIGHTS).read_bytes())
+    assert abs(results["isometry"]["smallest"] - 1) < 1e-5 and abs(results["isometry"]["largest"] - 1) < 1e-5
+    card = huggingface_hub.ModelCard.load(released / "README.md")
+    assert card.data.library_name == "timm" and card.data.pipeline_tag == "image-classification"
+    top1 = json.loads((run / "results.json").read_text())["raw"]["top1"]
+    assert card.data.eval_results[0].metric_value == pytest.approx(100 * top1, abs=1e-3)
+
+
+def test_releasing_again_counts_the_version_only_for_new_weights(run, tmp_path):
+    folder = tmp_path / "out"
+    for _ in range(2):
+        release.release(run, "digits", [], folder)
+    assert json.loads((folder / "results.json").read_text())["version"] == 1
+    release.release(run, "digits", [], folder, half=True)
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["version"], results["dtype"]) == (2, "float16")
+    stored = safetensors.torch.load_file(folder / WEIGHTS)
+    assert all(value.dtype == torch.float16 for value in stored.values())
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert model.conv1.weight.dtype == torch.float32
+
+
+def test_a_failing_release_leaves_the_one_before(run, tmp_path, monkeypatch):
+    folder = release.release(run, "digits", [], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(release, "write_atomically", full)
+    with pytest.raises(UserError, match="No space left"):
+        release.release(run, "digits", [], folder, half=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+def test_release_refuses(run, tmp_path, command):
+    def refused(source, *args):
+        return one_line(command(release.main, source, "--output", tmp_path / "out", *args))
+
+    assert "tag" in refused(run, "--tag", "Two words")
+    assert "no finished run" in refused(tmp_path / "nothing", "--tag", "digits")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in run.glob("*.*"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_args": {"skip": "projection"}}))
+    assert "changed skip" in refused(copy, "--tag", "digits")
+    results = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps({**results, "finished": False}))
+    assert "no finished run" in refused(copy, "--tag", "digits")
+    (copy / "results.json").write_text(json.dumps(results))
+    (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-4])
+    assert "damaged" in refused(copy, "--tag", "digits")
+
+
+def test_cards_and_manifest_are_fresh_and_a_stale_one_is_told(command, monkeypatch):
+    assert command(cards.main, "--check").code == 0
+    monkeypatch.setattr(cards, "manifest", lambda: "{}")
+    assert "manifest.json" in one_line(command(cards.main, "--check"))
+
+
+def test_training_from_the_hub(published, hub, command, tmp_path):
+    args = ["--recipe", "finetune", "--init-from", f"hf-hub:{REPO}", "--set", "epochs=2", "--set", "augment.shift=0"]
+    result = command(train.main, *args, "--output", tmp_path / "tuned")
+    assert result.code == 0, result
+    assert "no such repository" in one_line(
+        command(train.main, *args, "--init-from", "hf-hub:somebody/nothing", "--output", tmp_path / "other")
+    )
+
+
+def test_predict_reads_what_people_have(folder, command, tmp_path):
+    from PIL import Image
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for mode in ("RGB", "L", "CMYK", "1"):
+        Image.new(mode, (30, 20)).save(pictures / f"{mode}.jpg")
+    Image.new("I;16", (9, 9)).save(pictures / "deep.png")
+    (pictures / "broken.jpg").write_text("no image")
+    (pictures / "notes.txt").write_text("ignored")
+    result = command(cli, "predict", pictures, "--model", f"local-dir:{folder}", "--top", 3)
+    assert result.code == 0 and result.out.count("%") == 15
+    assert "broken.jpg: not an image" in result.err and "1 of 6 images could not be read" in result.err
+    result = command(cli, "predict", pictures / "broken.jpg", "--model", f"local-dir:{folder}")
+    assert result.code == 2
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in one_line(command(cli, "predict", tmp_path / "empty", "--model", f"local-dir:{folder}"))
+    assert "device" in one_line(command(cli, "predict", pictures, "--model", f"local-dir:{folder}", "--device", "tpu9"))
+
+
+@pytest.mark.parametrize("name", list(fetching.MANIFEST))
+def test_released_weights_load_with_no_network(name, hub, tmp_path):
+    hub.fail(".*", "drop", times=None)
+    if fetching.MANIFEST[name]["location"] == "hub":
+        pytest.skip("its weights are on the Hub alone")
+    assert name in timm.list_pretrained("risotto_*")
+    model = timm.create_model(name, pretrained=True)
+    assert model.pretrained_cfg["label_names"] and logits(model).isfinite().all()
+    assert risotto_zoo.load(name).classes == fetching.MANIFEST[name]["config"]["label_names"]
+    assert not hub.requests
+    model = timm.create_model(name, pretrained=True, num_classes=0, in_chans=1)
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, model.num_features)
