@@ -104,9 +104,9 @@ def test_generated_tables_are_fresh(command):
 def test_a_stale_table_is_told(command, monkeypatch):
     from training import tables
 
-    monkeypatch.setattr(tables, "main_table", lambda: "| other |")
+    monkeypatch.setattr(tables, "sweep_table", lambda: "| other |")
     result = command(tables.main, "--check")
-    assert result.code == 2 and result.err.startswith("error: stale: README.md")
+    assert result.code == 2 and result.err.startswith("error: stale: training/recipes/NOTES.md")
 
 
 def test_ci_runs_the_commands_of_the_readme():

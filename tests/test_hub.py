@@ -400,8 +400,8 @@ def test_half_precision_files_load_as_float32(folder):
 
 def test_adapting_and_features_from_released_weights(folder, published, hub):
     for place in (f"local-dir:{folder}", f"hf-hub:{REPO}"):
-        model = timm.create_model(place, pretrained=True, num_classes=3, in_chans=3)
-        assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+        model = timm.create_model(place, pretrained=True, num_classes=3)
+        assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
         assert "state_dict" not in model.pretrained_cfg
         assert model.pretrained_cfg["source"] == place.split(":")[0]
         features = timm.create_model(place, pretrained=True, features_only=True, out_indices=(1, 2))

@@ -1,4 +1,4 @@
-"""Benchmarks against a peer run side by side: python -m training.benchmark init|step|input
+"""Benchmarks against a peer run side by side: python -m training.benchmark init|step|input|load
 
 Every row is a ratio of medians of interleaved measurements, with the spread of the ratios of single rounds.
 """
@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from risotto_zoo.errors import UserError, exits_cleanly
+from risotto_zoo.hub import MANIFEST, release_file
 from risotto_zoo.models import create_model
 
 from .data import View
@@ -173,6 +175,23 @@ def input_rows(args: argparse.Namespace) -> list[Row]:
         return rows
 
 
+def load_rows(args: argparse.Namespace) -> list[Row]:
+    """Creating a released model with its weights, verified, beside creating it and reading the file."""
+    rows = []
+    for name in args.models or [name for name in MANIFEST if release_file(name) is not None]:
+        path = release_file(name)
+        if path is None:
+            raise UserError(f"{name} is no release whose weights are on this machine")
+
+        def peer(name: str = name, path: Path = path) -> None:
+            create_model(name)
+            safetensors.torch.load_file(path)
+
+        ours = lambda name=name: create_model(name, pretrained=True)  # noqa: E731
+        rows.append(compare(name, ours, "creating it + reading the file", peer, args.rounds))
+    return rows
+
+
 def _torchvision_epoch(source: Path, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     steps = [
         transforms.Resize(args.size),
@@ -204,7 +223,7 @@ def _sample_folder(folder: Path, count: int = 2000) -> Path:
     return folder
 
 
-BENCHMARKS = {"init": init_rows, "step": step_rows, "input": input_rows}
+BENCHMARKS = {"init": init_rows, "step": step_rows, "input": input_rows, "load": load_rows}
 
 
 def _arguments() -> argparse.Namespace:
@@ -212,7 +231,7 @@ def _arguments() -> argparse.Namespace:
         prog="python -m training.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
-    parser.add_argument("--models", nargs="+", help="init, step: models (init: names without risotto_)")
+    parser.add_argument("--models", nargs="+", help="init, step, load: models (init: names without risotto_)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each side (default: 9)")
     parser.add_argument("--batch", type=int, default=128, help="images of a batch (default: 128)")
     parser.add_argument("--size", type=int, default=32, help="input: side of the images (default: 32)")

@@ -30,7 +30,8 @@ class RisottoResNet(timm_resnet.ResNet):
         norm: 'none' or 'batch'.
         skip: 'identity' where shapes allow (the paper's type B), or 'projection' in every block (type C).
         num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm.
-        init: Initialization scheme, a key of `risotto_zoo.initializers.SCHEMES`.
+        init: Initialization scheme, a key of `risotto_zoo.initializers.SCHEMES`; None leaves the weights undefined, for
+            loading a checkpoint.
         alpha: Weight of every residual branch at the start.
         seed: Seed of the initialization; the global generator is used if None.
 
@@ -52,7 +53,7 @@ class RisottoResNet(timm_resnet.ResNet):
         output_stride: int = 32,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        init: str = "risotto",
+        init: str | None = "risotto",
         alpha: float = 1.0,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -62,7 +63,8 @@ class RisottoResNet(timm_resnet.ResNet):
         _check_choice("norm", norm, ("none", "batch"))
         _check_choice("skip", skip, ("identity", "projection"))
         _check_choice("stem", stem, ("imagenet", "cifar"))
-        _check_choice("init", init, tuple(SCHEMES))
+        if init is not None:
+            _check_choice("init", init, tuple(SCHEMES))
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -121,7 +123,7 @@ class RisottoResNet(timm_resnet.ResNet):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialize all weights by the scheme, alpha and seed the net was made with."""
-        if self.conv1.weight.is_meta:
+        if self.conv1.weight.is_meta or self.init is None:
             return
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
         SCHEMES[self.init](self, self.alpha_init, generator)

@@ -72,7 +72,7 @@ def _release_cfg(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     file = release_file(name)
     return {
         **_ORIGIN,
-        **config["pretrained_cfg"],
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()},
         "label_names": tuple(config["label_names"]),
         "hf_hub_id": f"{repository(name)}@{entry['revision']}",
         **({"file": str(file)} if file is not None else {}),
@@ -118,26 +118,33 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
         cfg = resolve_pretrained_cfg(
             name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
         ).to_dict()
-        weights = {}
-        if pretrained and not cfg.get("state_dict"):  # timm reads what is in the cfg itself before any file
-            weights = {"source": None, "state_dict": _verified_weights(cfg, kwargs.get("cache_dir"))}
+        weights = cfg.pop("state_dict", None)
+        if pretrained and not weights:
+            weights = _verified_weights(cfg, kwargs.get("cache_dir"))
+        source = cfg.get("source", "")
+        if weights:  # timm copies what stands in a cfg, so this stands for them until `checked` hands them over
+            cfg |= {"source": "", "state_dict": {"stands for": "verified weights"}}
+        asked = kwargs.get("num_classes", cfg["num_classes"]), kwargs.get("in_chans", cfg["input_size"][0])
+        whole = weights and asked == (cfg["num_classes"], cfg["input_size"][0]) and not kwargs.get("features_only")
+        blank = {"init": None} if whole else {}  # every weight is about to be overwritten
 
-        def check(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-            check_state(state, model, cfg)
-            return state
+        def checked(_: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+            check_state(weights, model, cfg)
+            return weights
 
         model = build_model_with_cfg(
             RisottoResNet,
             name,
             pretrained,
-            pretrained_cfg={**cfg, **weights},
-            pretrained_filter_fn=check,
+            pretrained_cfg=cfg,
+            pretrained_filter_fn=checked,
             feature_cfg={"out_indices": tuple(range(len(net["layers"]) + 1))},
-            **{**net, **kwargs},
+            **{**net, **kwargs, **blank},
         )
-        if weights:
-            del model.pretrained_cfg["state_dict"]
-            model.pretrained_cfg["source"] = cfg.get("source", "")
+        model.pretrained_cfg.pop("state_dict", None)
+        model.pretrained_cfg["source"] = source
+        if whole:
+            model.init = kwargs.get("init", "risotto")
         return model
 
     create.__name__ = create.__qualname__ = name
