@@ -34,7 +34,7 @@ def _arguments() -> argparse.Namespace:
     inspect = commands.add_parser("inspect", help="singular values, norm and similarity at initialization")
     inspect.add_argument("name", help="model name, such as risotto_resnet20")
     inspect.add_argument("--init", default="risotto", help=f"scheme: {', '.join(SCHEMES)} (default: risotto)")
-    inspect.add_argument("--alpha", type=float, default=1.0, help="weight of the branches at the start (default: 1)")
+    inspect.add_argument("--alpha", type=float, help="weight of the branches at the start (default: the scheme's)")
     inspect.add_argument("--seed", type=int, default=0, help="seed of weights and random images (default: 0)")
     inspect.add_argument(
         "--image", nargs="+", type=Path, metavar="FILE", help="measure on these images, not on random ones"
@@ -133,7 +133,8 @@ def inspect_model(args: argparse.Namespace) -> int:
         values, how = probed_singular_values(function, images[0], PROBES), f"{PROBES} random probes of the"
     blocks = signal_by_block(model, images)
 
-    what = f"{args.name}, init={args.init}, alpha={args.alpha:g}, {'x'.join(map(str, images.shape[1:]))} images"
+    alpha = "" if args.alpha is None else f", alpha={args.alpha:g}"
+    what = f"{args.name}, init={args.init}{alpha}, {'x'.join(map(str, images.shape[1:]))} images"
     print(what)
     print(
         f"signal Jacobian, {how} non-zero singular values: {len(values)} from {values.min():.6g} to {values.max():.6g}"

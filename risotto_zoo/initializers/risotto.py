@@ -106,7 +106,7 @@ def _columns_permuted(matrix: Tensor, p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def risotto_(model: nn.Module, alpha: float = 1.0, generator: torch.Generator | None = None) -> nn.Module:
+def risotto_(model: nn.Module, alpha: float | None = None, generator: torch.Generator | None = None) -> nn.Module:
     """Initialize a ResNet in place so that its input-output Jacobian on signals is exactly orthogonal.
 
     Works on the models of this package and on plain timm and torchvision ResNets, which it reads by their block and
@@ -116,7 +116,8 @@ def risotto_(model: nn.Module, alpha: float = 1.0, generator: torch.Generator | 
 
     Args:
         model: The network, on any device, of any floating dtype.
-        alpha: Weight of the residual branch at the start. 0 (the skip alone) needs a projection skip in every block.
+        alpha: Weight of the residual branch at the start, 1 if None. 0 (the skip alone) needs a projection skip in
+            every block.
         generator: Source of randomness, a CPU generator; the global one if None.
     Returns:
         The same model.
@@ -127,6 +128,7 @@ def risotto_(model: nn.Module, alpha: float = 1.0, generator: torch.Generator | 
     Source: arXiv 2210.02411 for the method; section 1 of the design for what goes beyond it.
     """
     structure = resnet_structure(model)
+    alpha = 1.0 if alpha is None else alpha
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(
             f"the generator is on {generator.device}; only a CPU generator gives the same weights anywhere"

@@ -21,6 +21,7 @@ class Block:
     convs: list[nn.Conv2d]  # of the branch f, in order
     skip: nn.Conv2d | None  # h; None where the skip adds x itself
     gain: nn.Parameter | None  # multiplier of the branch: alpha, or the last normalization's weight; None if neither
+    biases: nn.Parameter | None  # Fixup's scalars, where the net was built with them
 
 
 @dataclass
@@ -112,7 +113,7 @@ def _read_block(name: str, block: nn.Module) -> Block:
     gain = getattr(block, "alpha", None)
     if gain is None:
         gain = getattr(getattr(block, f"bn{depth}"), "weight", None)
-    return Block(name, convs, skip, gain)
+    return Block(name, convs, skip, gain, getattr(block, "biases", None))
 
 
 def _skip_conv(name: str, downsample: nn.Module | None) -> nn.Conv2d | None:

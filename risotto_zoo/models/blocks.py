@@ -11,7 +11,9 @@ class _Residual(nn.Module):
     """What both blocks add to timm's.
 
     `norm_layer=nn.Identity` makes a block without normalization: its convolutions have biases, its branch the scalar
-    alpha. `projection=True` gives it a 1x1 convolution as skip where timm's has none.
+    alpha. `projection=True` gives it a 1x1 convolution as skip where timm's has none. `scalar_biases=True` replaces the
+    biases of the convolutions by Fixup's: a scalar before each convolution of the branch, one after it, the last of all
+    after alpha.
     """
 
     def __init__(
@@ -23,6 +25,7 @@ class _Residual(nn.Module):
         *,
         norm_layer: type[nn.Module] = nn.Identity,
         projection: bool = False,
+        scalar_biases: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **kwargs: Any,
@@ -35,15 +38,32 @@ class _Residual(nn.Module):
             self.downsample = timm_resnet.downsample_conv(inplanes, width, 1, stride, norm_layer=norm_layer, **dd)
         normalized = norm_layer is not nn.Identity
         self.register_parameter("alpha", None if normalized else nn.Parameter(torch.ones((), **dd)))
-        if not normalized:  # the skip needs no bias of its own: the branch's last one is added to the same sum
+        self.register_parameter("biases", nn.Parameter(torch.zeros(2 * len(convs), **dd)) if scalar_biases else None)
+        if (
+            not normalized and not scalar_biases
+        ):  # the skip needs no bias of its own: the branch's last one is added to the same sum
             for conv in convs:
                 conv.bias = nn.Parameter(torch.zeros(conv.out_channels, **dd))
+
+    def _before(self, x: Tensor, layer: int) -> Tensor:
+        """The input of a convolution of the branch, counted from 0, with the scalars that stand before it."""
+        if self.biases is None:
+            return x
+        return x + self.biases[2 * layer]
+
+    def _after(self, x: Tensor, layer: int) -> Tensor:
+        """The output of an inner convolution, with the scalar that stands after it."""
+        if self.biases is None:
+            return x
+        return x + self.biases[2 * layer + 1]
 
     def _merge(self, branch: Tensor, x: Tensor) -> Tensor:
         if self.drop_path is not None:
             branch = self.drop_path(branch)
         if self.alpha is not None:
             branch = branch * self.alpha
+        if self.biases is not None:
+            branch = branch + self.biases[-1]
         if self.downsample is not None:
             x = self.downsample(x)
         branch += x
@@ -54,8 +74,8 @@ class BasicBlock(_Residual, timm_resnet.BasicBlock):
     """f is two 3x3 convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.act1(self.bn1(self.conv1(x)))
-        branch = self.bn2(self.conv2(branch))
+        branch = self.act1(self.bn1(self._after(self.conv1(self._before(x, 0)), 0)))
+        branch = self.bn2(self.conv2(self._before(branch, 1)))
         return self.act2(self._merge(branch, x))
 
 
@@ -63,7 +83,7 @@ class Bottleneck(_Residual, timm_resnet.Bottleneck):
     """f is a 1x1, a 3x3 and a 1x1 convolution, the inner width a quarter of the outer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.act1(self.bn1(self.conv1(x)))
-        branch = self.act2(self.bn2(self.conv2(branch)))
-        branch = self.bn3(self.conv3(branch))
+        branch = self.act1(self.bn1(self._after(self.conv1(self._before(x, 0)), 0)))
+        branch = self.act2(self.bn2(self._after(self.conv2(self._before(branch, 1)), 1)))
+        branch = self.bn3(self.conv3(self._before(branch, 2)))
         return self.act3(self._merge(branch, x))

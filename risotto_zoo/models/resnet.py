@@ -32,7 +32,7 @@ class RisottoResNet(timm_resnet.ResNet):
         num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm.
         init: Initialization scheme, a key of `risotto_zoo.initializers.SCHEMES`; None leaves the weights undefined, for
             loading a checkpoint.
-        alpha: Weight of every residual branch at the start.
+        alpha: Weight of every residual branch at the start; the scheme's own (1, or 0 for SkipInit and ReZero) if None.
         seed: Seed of the initialization; the global generator is used if None.
 
     Raises:
@@ -54,7 +54,7 @@ class RisottoResNet(timm_resnet.ResNet):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         init: str | None = "risotto",
-        alpha: float = 1.0,
+        alpha: float | None = None,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -101,6 +101,7 @@ class RisottoResNet(timm_resnet.ResNet):
             drop_path_rate=drop_path_rate,
             norm_layer=norm_layer,
             projection=skip == "projection",
+            scalar_biases=init == "fixup" and norm == "none",
             **meta,
         )
         for info in feature_info:
