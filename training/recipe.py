@@ -186,13 +186,13 @@ def load_recipe(name_or_file: str, settings: list[str] | None = None) -> Recipe:
             the file, the key and the nearest valid one.
     """
     path = _recipe_path(name_or_file)
-    values = _read_with_base(path, seen=())
+    values = read_with_base(path)
     for setting in settings or []:
         key, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: write it as key=value, such as --set optimizer.lr=0.01")
         try:
-            _assign(values, key.split("."), _parse(text))
+            assign(values, key.split("."), _parse(text))
         except (yaml.YAMLError, ValueError):
             raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
     return validate(values, str(path))
@@ -203,7 +203,7 @@ def validate(values: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: {_explain(error.errors()[0])}") from None
+        raise UserError(f"{source}: {explain(error.errors()[0])}") from None
 
 
 def dump(recipe: Recipe) -> str:
@@ -239,7 +239,12 @@ def _recipe_path(name_or_file: str) -> Path:
     raise UserError(f"unknown recipe {name_or_file!r}{did_you_mean(name_or_file, names)} (there is {', '.join(names)})")
 
 
-def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file, those of the file that it names as its `base` beneath them.
+
+    Raises:
+        UserError: If a file is missing or not YAML, or the bases go round in a circle.
+    """
     if path.resolve() in seen:
         raise UserError(f"{path}: base goes round in a circle")
     try:
@@ -257,7 +262,7 @@ def _read_with_base(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or not (path.parent / base).is_file():
         raise UserError(f"{path}: base {base!r} is no file beside it")
-    return _merged(_read_with_base(path.parent / base, (*seen, path.resolve())), values)
+    return _merged(read_with_base(path.parent / base, (*seen, path.resolve())), values)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +273,8 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+def assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a nested key in place, making the sections on its way."""
     for key in keys[:-1]:
         if not isinstance(values.get(key), dict):
             values[key] = {}
@@ -276,11 +282,12 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _explain(error: dict[str, Any]) -> str:
+def explain(error: dict[str, Any], schema: type[BaseModel] = Recipe) -> str:
+    """One of pydantic's errors as people put it, with the nearest valid key for an unknown one."""
     key = ".".join(str(part) for part in error["loc"])
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
-        known = _known_keys(Recipe)
+        known = _known_keys(schema)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         return f"unknown key {key!r}; the nearest is {near[0]!r}"
     if kind == "value_error":

@@ -118,10 +118,23 @@ def add(run: Path, sweep: bool) -> None:
             "clip": recipe.clip.value if recipe.clip else None,
             "images": results["train_images"],
             "epochs": recipe.epochs,
+            **{key: value for key, (value, usual) in _unusual(recipe).items() if value != usual},
         }
     target = (RESULTS / "sweeps" if sweep else RESULTS) / f"{run.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+    """What sweeps change now and then, and how it is in the runs that do not say it."""
+    return {
+        "batch": (recipe.batch_size, 128),
+        "weight_decay": (recipe.optimizer.weight_decay, 0.01),
+        "weight_standardization": (recipe.weight_standardization, False),
+        "amp": (recipe.amp, None),
+        "cutout": (recipe.augment.cutout, 0),
+        "label_smoothing": (recipe.label_smoothing, 0.0),
+    }
 
 
 @exits_cleanly

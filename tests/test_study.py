@@ -1,0 +1,165 @@
+"""Studies: the grid runs once, its choices are made on held-out images, and the report is a function of the results."""
+
+import json
+import math
+import re
+
+import matplotlib
+import pytest
+import torch
+import yaml
+
+from risotto_zoo.errors import UserError
+from training import grid, propagation, report, study
+
+TOY = {
+    "title": "A toy",
+    "question": "Does it work?",
+    "recipe": {
+        "model": "risotto_resnet20",
+        "epochs": 1,
+        "batch_size": 256,
+        "data": {"source": "digits", "image_size": 8},
+        "model_args": {"in_chans": 1},
+        "optimizer": {"name": "muon", "lr": 0.003},
+    },
+    "tune": {"key": "optimizer.lr", "values": [0.0001, 0.003]},
+    "seeds": [0, 1],
+    "arms": {"RISOTTO": {}, "hopeless": {"optimizer.name": "sgd", "tune": [1e20]}},
+    "claims": [{"text": "It works.", "better": "RISOTTO", "than": ["hopeless"]}],
+}
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A study of two arms, one of which diverges, in folders of this test's own."""
+    monkeypatch.setattr(grid, "STUDIES", tmp_path / "studies")
+    monkeypatch.setattr(grid, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(report, "STUDIES", tmp_path / "studies")
+    monkeypatch.setattr(propagation, "FOLDER", tmp_path / "studies" / "propagation")
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", _Here)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "toy.yaml").write_text(yaml.safe_dump(TOY, sort_keys=False))
+    return tmp_path / "studies" / "toy" / "results.json"
+
+
+class _Here:
+    """A pool of no processes: what is submitted runs at once."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = grid.Future()
+        future.set_result(function(*args))
+        return future
+
+
+def test_a_study_tunes_on_held_out_images_runs_once_and_counts_divergence(toy, command, monkeypatch):
+    assert command(study.main, "toy", "--jobs", 1, "--device", "cpu").code == 0
+    runs = json.loads(toy.read_text())["runs"]
+    tuning = [run for run in runs.values() if run["tuning"]]
+    final = [run for run in runs.values() if not run["tuning"]]
+    assert (len(tuning), len(final)) == (3, 4)
+    assert all(run["images"] in (0, 144) for run in tuning)  # a tenth of the 1,437 training images
+    assert all(run["images"] == 360 for run in final if not run["diverged"])
+    assert [run["diverged"] for run in final if run["arm"] == "hopeless"] == [True, True]
+    best = max((run for run in tuning if run["arm"] == "RISOTTO"), key=lambda run: run["top1"])
+    assert {run["tuned"] for run in final if run["arm"] == "RISOTTO"} == {best["tuned"]}
+
+    text = (toy.parent.parent / "README.md").read_text()
+    assert "| hopeless | 1e+20* | 0.0 (0.0 to 0.0) | 0.0, 0.0 | - | 2 of 2 |" in text
+    assert "**Verdict.** " in text and (toy.parent / "accuracy_by_epoch.svg").is_file()
+
+    monkeypatch.setattr(grid, "train", lambda *_: pytest.fail("a finished run was run again"))
+    before = toy.read_bytes()
+    assert command(study.main, "toy", "--jobs", 1, "--device", "cpu").code == 0
+    assert toy.read_bytes() == before
+    toy.unlink()  # the runs themselves are still there
+    assert command(study.main, "toy", "--jobs", 1, "--device", "cpu").code == 0
+    assert json.loads(toy.read_text()) == json.loads(before)
+
+
+def test_bad_studies_and_arguments_are_one_line(toy, command):
+    result = command(study.main, "toi")
+    assert result.code == 2 and "did you mean 'toy'" in result.err
+    path = grid.STUDIES / "toy.yaml"
+    path.write_text(yaml.safe_dump({**TOY, "sedes": [1]}))
+    assert "unknown key 'sedes'; the nearest is 'seeds'" in command(study.main, "toy").err
+    path.write_text(yaml.safe_dump({**TOY, "arms": {"a": {"optimizer.lrr": 1}}}))
+    assert "optimizer.lr" in command(study.main, "toy", "--device", "cpu").err
+    path.write_text(yaml.safe_dump({**TOY, "recipe": {**TOY["recipe"], "data": {"source": "nowhere"}}}))
+    assert "nowhere" in command(study.main, "toy", "--device", "cpu").err
+    assert command(study.main, "toy", "--jobs", 0).code == 2
+
+
+@pytest.mark.parametrize("name", grid.study_names())
+def test_shipped_studies_are_valid_and_spend_the_same_on_each_arm(name):
+    shipped = grid.load_study(name)
+    assert len(shipped.seeds) >= 3
+    runs = grid.tuning_runs(shipped)
+    assert all(run.recipe.data.holdout == grid.HELD_OUT for run in runs)
+    budgets = {arm: len([run for run in runs if run.arm == arm]) for arm in shipped.arms}
+    assert len(set(budgets.values())) == 1
+    for claim in shipped.claims:
+        for side in [claim.better, *claim.than]:
+            for part in side.split(" - "):
+                arm, at, value = part.partition("@")
+                assert arm in shipped.arms
+                assert not at or value in map(str, shipped.vary.values)
+
+
+def test_the_report_is_reproduced_byte_for_byte_from_the_committed_results():
+    compared = 0
+    for path, data in report.files().items():
+        drawn_by = re.search(rb"Matplotlib v([\d.]+)", path.read_bytes())
+        if drawn_by and drawn_by[1].decode() != matplotlib.__version__:
+            continue  # another version draws the same figure in other bytes
+        assert path.read_bytes() == data, f"{path} is stale; run python -m training.study report"
+        compared += 1
+    assert compared
+
+
+def test_intervals_and_differences():
+    mean, half = report.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.302652729749464 / math.sqrt(3))
+    assert math.isnan(report.interval([1.0])[1])
+    mean, low, high = report.difference([3.0, 4.0, 5.0], [1.0, 2.0, 3.0])
+    assert mean == 2 and low == pytest.approx(2 - 2.776445105 * math.sqrt(2 / 3)) and low + high == pytest.approx(4)
+
+
+def test_propagation_separates_risotto_from_the_others():
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rows = {scheme: propagation.measure(scheme, (9, 9, 9), images) for scheme in ("risotto", "he", "orthogonal_delta")}
+    similarity = {scheme: row["similarity"] for scheme, row in rows.items()}
+    assert max(similarity["risotto"]) - min(similarity["risotto"]) < 1e-4
+    assert all(similarity[scheme][-1] - similarity[scheme][0] > 0.3 for scheme in ("he", "orthogonal_delta"))
+    spread = {scheme: max(row["gradient"]) / min(row["gradient"]) for scheme, row in rows.items()}
+    assert spread["risotto"] < 3 < 1e3 < spread["he"]
+    assert all(abs(value - 1) < 1e-9 for value in rows["risotto"]["singular_values"])
+
+
+def test_the_committed_propagation_study_shows_the_picture():
+    stored = json.loads(propagation.results_file().read_text())
+    assert {row["depth"] for row in stored["rows"]} == {20, 56, 110, 1202}
+    for row in stored["rows"]:
+        if row["scheme"] == "risotto":
+            assert max(row["similarity"]) - min(row["similarity"]) < 1e-4
+
+
+def test_propagation_needs_its_data(command, tmp_path):
+    result = command(study.main, "propagation", "--data", tmp_path / "none")
+    assert result.code == 2 and "none" in result.err and "Traceback" not in result.err
+
+
+def test_a_claim_about_a_missing_arm_is_not_tested(toy):
+    claim = grid.Claim(text="-", better="RISOTTO", than=["hopeless"])
+    assert "Not tested" in report._verdict(grid.load_study("toy"), {}, claim)
+    with pytest.raises(UserError, match="unknown study"):
+        grid.load_study("nothing")

@@ -1,0 +1,178 @@
+"""Signal propagation at initialization: every scheme, from 20 to 1,202 layers, on real images, without training."""
+
+import json
+import math
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from risotto_zoo.files import write_atomically
+from risotto_zoo.initializers import SCHEMES
+from risotto_zoo.isometry import probed_singular_values, signal_by_block, signal_map
+
+from .data import View, load_set
+
+FOLDER = Path(__file__).parent / "studies" / "propagation"
+DEPTHS = {20: (3, 3, 3), 56: (9, 9, 9), 110: (18, 18, 18), 1202: (200, 200, 200)}
+IMAGES = 8
+PROBES = 32
+LABELS = {scheme: scheme for scheme in SCHEMES} | {"risotto": "RISOTTO", "he": "He", "fixup": "Fixup"}
+LABELS |= {"skipinit": "SkipInit", "rezero": "ReZero", "orthogonal_delta": "delta-orthogonal"}
+
+
+def results_file() -> Path:
+    return FOLDER / "results.json"
+
+
+def conduct(source: Path, depths: dict[int, tuple[int, ...]] | None = None) -> dict[str, Any]:
+    """Measure every scheme at every depth, write results.json, and return what it holds."""
+    view = View.of({**timm.get_pretrained_cfg("risotto_resnet20").to_dict(), "crop_mode": "center"})
+    held = load_set(str(source), False, view)
+    # Images of different classes, evenly from the whole set.
+    chosen = torch.linspace(0, len(held) - 1, IMAGES).long()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
+    images = (held.images[chosen].float() / 255 - mean) / std
+    grid = [(scheme, depth) for depth in (depths or DEPTHS) for scheme in SCHEMES]
+    start, rows = time.perf_counter(), []
+    for scheme, depth in tqdm(grid, "propagation", disable=None):
+        rows.append({"scheme": scheme, "depth": depth, **measure(scheme, (depths or DEPTHS)[depth], images)})
+    stored = {
+        "data": source.name,
+        "images": IMAGES,
+        "probes": PROBES,
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "seconds": time.perf_counter() - start,
+        "rows": rows,
+    }
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    write_atomically(results_file(), (json.dumps(stored, indent=1) + "\n").encode())
+    return stored
+
+
+def measure(scheme: str, layers: tuple[int, ...], images: torch.Tensor) -> dict[str, Any]:
+    """Similarity and norm of the signal by block, gradient norm by block, and singular values; float64, seed 0."""
+    model = timm.create_model("risotto_resnet20", layers=layers, init=scheme, seed=0, dtype=torch.float64)
+    model.eval()
+    images = images.double()
+    blocks = signal_by_block(model, images)
+    values = probed_singular_values(signal_map(model), images[0], PROBES)
+    return {
+        "similarity": [_number(block.similarity) for block in blocks],
+        "norm": [_number(block.norm) for block in blocks],
+        "gradient": [_number(value) for value in gradient_by_block(model, images)],
+        "singular_values": [_number(value) for value in values.tolist()],
+    }
+
+
+def gradient_by_block(model: torch.nn.Module, images: torch.Tensor) -> list[float]:
+    """Norm of the gradient by each block's output of a fixed random functional of the last signal, per image."""
+    maps: list[torch.Tensor] = []
+
+    def keep(_block: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        maps.append(output)
+
+    handles = [
+        block.register_forward_hook(keep)
+        for name, stage in model.named_children()
+        if name.startswith("layer")
+        for block in stage
+    ]
+    try:
+        signal = signal_map(model)(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    direction = torch.randn(signal.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (signal * direction / direction.norm(dim=1, keepdim=True)).sum().backward()
+    return [feature.grad.flatten(1).norm(dim=1).mean().item() for feature in maps]
+
+
+def section(stored: dict[str, Any]) -> str:
+    """The study's part of the report."""
+    depths = sorted({row["depth"] for row in stored["rows"]})
+    spread = max(
+        max(row["similarity"]) - min(row["similarity"]) for row in stored["rows"] if row["scheme"] == "risotto"
+    )
+    others = [row for row in stored["rows"] if row["scheme"] not in ("risotto",)]
+    rising = [row for row in others if row["similarity"][-1] - row["similarity"][0] > 0.05]
+    names = sorted({LABELS[row["scheme"]] for row in rising if row["depth"] == depths[-1]})
+    flat = sorted({LABELS[row["scheme"]] for row in others if row["depth"] == depths[-1]} - set(names))
+    kept = f"; not so for {', '.join(flat)}, whose branches start at zero: each block is its skip" if flat else ""
+    verdict = "Confirmed" if spread < 1e-4 and names else "Not confirmed"
+    lines = [
+        "## Signal propagation at initialization",
+        "",
+        f"`propagation`. Do different images stay different, at any depth? {stored['images']} test images of "
+        f"{stored['data']}, nets of three stages with identity skips where shapes allow, no normalization, float64, "
+        f"seed 0; {stored['probes']} random probes of the signal's Jacobian; {stored['seconds'] / 60:.1f} min on "
+        f"{stored['machine']}, torch {stored['torch']}. Similarity is the mean cosine of the signals of two images, "
+        "read at the pixels that reach the last map; gradient is that of a random functional of the last signal.",
+        "",
+        "| scheme | layers | similarity, first to last block | signal norm, last / first | gradient norm, first / last "
+        "| singular values |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in stored["rows"]:
+        values = [value for value in row["singular_values"] if value is not None]
+        spectrum = f"{min(values):.3g} to {max(values):.3g}" if values else "not finite"
+        lines.append(
+            f"| {LABELS[row['scheme']]} | {row['depth']} | {_shown(row['similarity'][0], '.4f')} to "
+            f"{_shown(row['similarity'][-1], '.4f')} | {_ratio(row['norm'][-1], row['norm'][0])} "
+            f"| {_ratio(row['gradient'][0], row['gradient'][-1])} | {spectrum} |"
+        )
+    lines += [
+        "",
+        "![similarity by block](propagation/similarity.svg)",
+        "",
+        "![spectra](propagation/spectra.svg)",
+        "",
+        "**Claim.** RISOTTO keeps different inputs separable at any depth, where other schemes let them collapse.",
+        "",
+        f"**Verdict.** {verdict} at initialization: RISOTTO's similarity moves by {spread:.1e} at most over all "
+        f"depths; it rises with depth for {', '.join(names)} (at {depths[-1]} layers){kept}.",
+    ]
+    return "\n".join(lines)
+
+
+def figures(stored: dict[str, Any]) -> dict[str, Figure]:
+    """Similarity by block, one line a scheme and one panel a depth; spectra of the deepest and shallowest nets."""
+    depths = sorted({row["depth"] for row in stored["rows"]})
+    similarity = Figure(figsize=(3.2 * len(depths), 3.2), layout="constrained")
+    spectra = Figure(figsize=(3.2 * len(depths), 3.2), layout="constrained")
+    for figure, key, label in ((similarity, "similarity", "cosine similarity"), (spectra, "singular_values", None)):
+        FigureCanvasSVG(figure)
+        panels = figure.subplots(1, len(depths), squeeze=False, sharey=True)[0]
+        for axes, depth in zip(panels, depths, strict=True):
+            for row in (row for row in stored["rows"] if row["depth"] == depth):
+                values = [math.nan if value is None else value for value in row[key]]
+                axes.plot(range(1, len(values) + 1), values, label=LABELS[row["scheme"]])
+            axes.set_title(f"{depth} layers")
+            axes.set_xlabel("block" if label else "probe, in descending order")
+            axes.grid(alpha=0.3)
+            if label is None:
+                axes.set_yscale("log")
+        panels[0].set_ylabel(label or "singular value")
+        panels[-1].legend(frameon=False, fontsize=7)
+    return {"similarity.svg": similarity, "spectra.svg": spectra}
+
+
+def _number(value: float) -> float | None:
+    """Ten digits are plenty, and no JSON holds an infinity."""
+    return float(f"{value:.10g}") if math.isfinite(value) else None
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "not finite" if value is None else f"{value:{form}}"
+
+
+def _ratio(a: float | None, b: float | None) -> str:
+    return "not finite" if a is None or b is None else (f"{a / b:.3g}" if b else "-")
