@@ -5,12 +5,15 @@ nothing is written, and a page that is stale is an error.
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from risotto_zoo.checkpoints import WEIGHTS
 from risotto_zoo.errors import UserError, exits_cleanly
@@ -113,6 +116,7 @@ def card(folder: Path) -> str:
         "## Fine-tune",
         "```bash\npython -m training.train --recipe finetune "
         f"--init-from hf-hub:{repository(name)} --set data.source=FOLDER\n```",
+        *([_finetunes(result)] if result["finetunes"] else []),
         "## Reproduce",
         _reproduce(result, recipe),
     ]
@@ -270,6 +274,37 @@ weights = hf_hub_download("{repository(name)}", "{WEIGHTS}")
 model = timm.create_model("{plain}", num_classes={config["num_classes"]}, checkpoint_path=weights)
 ```"""
     return text
+
+
+def _finetunes(result: dict[str, Any]) -> str:
+    rows = ["| data | training images, epochs | from these weights | from scratch |", "|---|---|---|---|"]
+    for sides in result["finetunes"]:
+        tuned, scratch = sides["tuned"], sides["scratch"]
+        rows.append(
+            f"| {Path(tuned['data']).name} at {tuned['size']} px | {tuned['train_images']:,}, {tuned['epochs']} "
+            f"| {_score(tuned)} | {_score(scratch)} |"
+        )
+    images = result["finetunes"][0]["tuned"]["evaluation"]["images"]
+    return "\n".join(rows) + (
+        f"\n\nTop-1 on {images:,} held-out images, one seed; the runs from scratch are of the same architecture, with "
+        "the optimizer that it was first trained with.\n\n![Fine-tuning](finetune.png)"
+    )
+
+
+def finetune_figure(finetunes: list[dict[str, Any]]) -> bytes:
+    """finetune.png: accuracy by epoch from these weights and from scratch, one panel a data set."""
+    figure = Figure(figsize=(4.5 * len(finetunes), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, sides in zip(figure.subplots(1, len(finetunes), squeeze=False)[0], finetunes, strict=True):
+        for side, label in (("tuned", "from these weights"), ("scratch", "from scratch")):
+            values = sides[side]["by_epoch"]
+            axes.plot(range(1, len(values) + 1), [100 * value for value in values], ".-", label=label)
+        axes.set(xlabel="epoch", ylabel="top-1 (%)", title=f"{Path(sides['tuned']['data']).name}")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 def _reproduce(result: dict[str, Any], recipe: Recipe) -> str:

@@ -25,6 +25,12 @@ from .cards import LICENSE, card, read_json
 from .console import say
 
 FILES = ("README.md", "config.json", WEIGHTS, "results.json", "recipe.yaml", "metrics.csv", "curves.png")
+OPTIONAL = ("finetune.png",)
+
+
+def present(folder: Path) -> list[str]:
+    """The files of a release that go to the Hub."""
+    return [*FILES, *(name for name in OPTIONAL if (folder / name).is_file())]
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def publish(folder: Path, repo_id: str, private: bool = False, revision: str | N
     """
     results = check(folder)
     tag = f"v{results['version']}"
-    local = {name: (folder / name).read_bytes() for name in FILES}
+    local = {name: (folder / name).read_bytes() for name in present(folder)}
     try:
         validate_repo_id(repo_id)
         api = HfApi()
@@ -94,7 +100,7 @@ def publish(folder: Path, repo_id: str, private: bool = False, revision: str | N
             upload = lambda: api.upload_folder(  # noqa: E731
                 repo_id=repo_id,
                 folder_path=folder,
-                allow_patterns=list(FILES),
+                allow_patterns=list(local),
                 revision=revision,
                 commit_message=f"{results['name']} {tag}",
             )
@@ -160,7 +166,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.dry_run:
         results = check(args.folder)
-        for name in FILES:
+        for name in present(args.folder):
             print(f"{name:20} {(args.folder / name).stat().st_size:>12,} bytes")
         print(f"would be published as {args.repo_id}, version v{results['version']}")
         return

@@ -6,6 +6,7 @@ package; larger ones into the repository while all tracked files stay under 28 M
 """
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from risotto_zoo.hub import PACKAGE
 from risotto_zoo.isometry import probed_singular_values, signal_map
 from risotto_zoo.models import create_model
 
-from .cards import CARDS, card, read_json, write_pages
+from .cards import CARDS, card, finetune_figure, read_json, write_pages
 from .data import View
 from .distributed import World, choose_device
 from .pipelines import validation_batches, validation_set
@@ -48,6 +49,7 @@ def release(
     output: Path | None = None,
     half: bool = False,
     device: str | None = None,
+    finetunes: list[tuple[Path, Path]] | None = None,
 ) -> Path:
     """Write the release of a run and everything that is generated from it; returns its folder.
 
@@ -58,6 +60,8 @@ def release(
         output: The folder, if it is not to be one of the zoo's.
         half: Store the weights in float16 and evaluate what is stored.
         device: Where to evaluate, if `half`.
+        finetunes: Pairs of finished runs on other data: from these weights, and from scratch with the same budget.
+            Those of the release before are kept if None.
 
     Raises:
         UserError: If a run is unfinished or its files do not belong together, or the net is not one that
@@ -93,6 +97,7 @@ def release(
         "evaluation": score,
         "baselines": [_baseline(path) for path in baselines],
         "isometry": _isometry(config, recipe),
+        "finetunes": before.get("finetunes", []) if finetunes is None else [_finetune(*pair) for pair in finetunes],
     }
     _replace_folder(folder, run, results, data)
     if output is None:
@@ -138,6 +143,22 @@ def _baseline(run: Path) -> dict[str, Any]:
     return {**{key: results[key] for key in kept}, "evaluation": score}
 
 
+def _finetune(tuned: Path, scratch: Path) -> dict[str, Any]:
+    """What a run from these weights reached on other data, and one from scratch."""
+    sides = {}
+    for side, run in (("tuned", tuned), ("scratch", scratch)):
+        results, _ = _finished(run)
+        recipe = load_recipe(str(run / "recipe.yaml"))
+        if (side == "tuned") != (recipe.init_from is not None):
+            raise UserError(f"{run}: name the run that was fine-tuned first, then the one from scratch")
+        rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+        sides[side] = {**_baseline(run), "by_epoch": [float(row["val_top1"]) for row in rows], "data": results["data"]}
+        sides[side] |= {"train_images": results["train_images"], "size": recipe.data.image_size}
+    if any(sides["tuned"][key] != sides["scratch"][key] for key in ("data", "train_images", "epochs", "size")):
+        raise UserError(f"{tuned} and {scratch} had different data or budgets")
+    return sides
+
+
 def _isometry(config: dict[str, Any], recipe: Recipe) -> dict[str, Any] | None:
     """Singular values of the signal Jacobian of the net as the run began it; None with batch normalization."""
     if config["architecture"].endswith("_bn") or recipe.init_from is not None:
@@ -177,6 +198,8 @@ def _replace_folder(folder: Path, run: Path, results: dict[str, Any], data: byte
             (new / WEIGHTS).symlink_to(os.path.relpath(package_file, folder))
         else:
             write_atomically(new / WEIGHTS, data)
+        if results["finetunes"]:
+            write_atomically(new / "finetune.png", finetune_figure(results["finetunes"]))
         write_atomically(new / "README.md", card(new).encode())
         if folder.exists():
             folder.rename(old)
@@ -202,11 +225,19 @@ def main() -> None:
         metavar="RUN",
         help="finished runs under the same conditions, for the card's table",
     )
+    parser.add_argument(
+        "--finetune",
+        nargs=2,
+        type=Path,
+        action="append",
+        metavar=("TUNED", "SCRATCH"),
+        help="finished runs on other data, from these weights and from scratch, for the card",
+    )
     parser.add_argument("--output", type=Path, help="folder of a release outside the zoo (default: in model_cards)")
     parser.add_argument("--half", action="store_true", help="store float16, and evaluate what is stored")
     parser.add_argument("--device", help="where to evaluate with --half (default: cuda where there is one)")
     args = parser.parse_args()
-    folder = release(args.run, args.tag, args.baseline, args.output, args.half, args.device)
+    folder = release(args.run, args.tag, args.baseline, args.output, args.half, args.device, args.finetune)
     results = read_json(folder / "results.json")
     print(f"{folder}: {results['name']} version {results['version']}, {100 * results['evaluation']['top1']:.2f}% top-1")
     print(f"weights {results['bytes'] / 1e6:.1f} MB, {results['location']}")

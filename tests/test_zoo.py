@@ -1,0 +1,97 @@
+"""The zoo's own pipeline at toy size: train what is missing, stop when the time is over, release, pack."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training import cards, release, zoo
+from training.recipe import load_recipe
+
+TOY = {
+    "model": "risotto_resnet20",
+    "epochs": 1,
+    "batch_size": 256,
+    "data": {"source": "digits", "image_size": 8},
+    "model_args": {"in_chans": 1},
+    "optimizer": {"name": "muon", "lr": 0.003},
+}
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A zoo of one row and its twin in a repository of its own."""
+    root = tmp_path / "repository"
+    (root / "risotto_zoo").mkdir(parents=True)
+    (root / "README.md").write_text("# Zoo\n<!-- results -->\n<!-- /results -->\n")
+    for module in (cards, release):
+        monkeypatch.setattr(module, "CARDS", root / "model_cards")
+        monkeypatch.setattr(module, "PACKAGE", root / "risotto_zoo")
+    monkeypatch.setattr(cards, "ROOT", root)
+    for name, changes in {"toy": {}, "toy_bn": {"model": "risotto_resnet20_bn"}}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**TOY, **changes}))
+    rows = [{"recipe": str(tmp_path / "toy.yaml"), "twin": str(tmp_path / "toy_bn.yaml"), "tag": "digits"}]
+    (tmp_path / "zoo.yaml").write_text(yaml.safe_dump(rows))
+    monkeypatch.setattr(zoo, "ROWS", tmp_path / "zoo.yaml")
+    return root
+
+
+def test_a_row_is_trained_once_and_released_with_its_twin(toy, command, tmp_path, monkeypatch):
+    result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu")
+    assert result.code == 0, result.err
+    names = {path.name for path in (toy / "model_cards").iterdir()}
+    assert names == {"risotto_resnet20.digits", "risotto_resnet20_bn.digits"}
+    manifest = json.loads((toy / "risotto_zoo" / "manifest.json").read_text())
+    for name in names:
+        weights = toy / "model_cards" / name / "model.safetensors"
+        assert weights.is_symlink() and weights.resolve() == toy / "risotto_zoo" / "weights" / f"{name}.safetensors"
+        assert manifest[name]["bytes"] == weights.stat().st_size
+        assert manifest[name]["location"] == "package" and manifest[name]["revision"] == "v1"
+        assert f"`{name.split('.')[0]}`" in (toy / "README.md").read_text()
+        results = json.loads((toy / "model_cards" / name / "results.json").read_text())
+        assert [row["model"] for row in results["baselines"]] == [n.split(".")[0] for n in sorted(names - {name})]
+    before = {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()}
+    monkeypatch.setattr(zoo, "train", lambda *_: pytest.fail("a finished run was run again"))
+    assert command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu").code == 0
+    assert {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()} == before
+
+
+def test_the_time_ends_a_run_and_the_next_one_goes_on(toy, command, tmp_path):
+    base = ["--runs", tmp_path / "runs", "--device", "cpu"]
+    result = command(zoo.main, *base, "--minutes", 0.06, "--set", "epochs=400")
+    assert result.code == 0 and "the same command goes on" in result.err
+    assert not (toy / "model_cards").exists()
+    assert (tmp_path / "runs" / "toy" / "state").is_dir()
+    result = command(zoo.main, *base, "--minutes", 0.06, "--set", "epochs=400")
+    assert "resumed at step" in result.err
+
+
+def test_packed_runs_come_in_pieces_and_go_together_again(toy, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "PIECE", 500_000)
+    result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu", "--collect", tmp_path / "out")
+    assert result.code == 0 and not (toy / "model_cards").exists()
+    pieces = sorted((tmp_path / "out").glob("toy.tar.*"))
+    assert len(pieces) > 1 and all(piece.stat().st_size <= 500_000 for piece in pieces)
+    (tmp_path / "again").mkdir()
+    subprocess.run(f"cat {tmp_path}/out/toy.tar.* | tar -x -C {tmp_path}/again", shell=True, check=True)
+    original = tmp_path / "runs" / "toy"
+    for path in (tmp_path / "again" / "toy").iterdir():
+        assert path.read_bytes() == (original / path.name).read_bytes()
+    shutil.rmtree(original)
+    shutil.move(tmp_path / "again" / "toy", original)
+    assert command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu").code == 0
+    assert (toy / "model_cards" / "risotto_resnet20.digits" / "README.md").is_file()
+
+
+def test_rows_are_shipped_recipes_and_unknown_ones_are_told(command):
+    for row in zoo.load_rows([]):
+        twin = load_recipe(row.twin)
+        recipe = load_recipe(row.recipe)
+        assert twin.model == f"{recipe.model}_bn"
+        assert twin.data == recipe.data and twin.epochs == recipe.epochs and twin.augment == recipe.augment
+        assert Path(recipe.data.source).name == row.tag
+    result = command(zoo.main, "cifar10_resnet21")
+    assert result.code == 2 and "did you mean 'cifar10_resnet20'" in result.err

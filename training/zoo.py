@@ -1,0 +1,140 @@
+"""Train and release the zoo, in order of value and within a time: python -m training.zoo --minutes 25
+
+The rows stand in training/zoo.yaml. What is finished is not run again, what was broken off is resumed, and when the
+time is over the state is saved; the same command goes on. A row is released as soon as it and its twin are finished.
+"""
+
+import argparse
+import io
+import os
+import signal
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from risotto_zoo.errors import UserError, did_you_mean, exits_cleanly
+from risotto_zoo.files import write_atomically
+
+from .cards import read_json
+from .console import say
+from .distributed import World, choose_device
+from .engine import Diverged, Stopped, train
+from .recipe import Section, explain, load_recipe
+from .release import release
+
+ROWS = Path(__file__).parent / "zoo.yaml"
+PIECE = 16_000_000
+
+
+class Row(Section):
+    recipe: str
+    twin: str | None = Field(None, description="recipe of the same net with batch norm")
+    tag: str = Field(description="name of the data set")
+    half: bool = Field(False, description="release float16")
+
+
+def load_rows(wanted: list[str]) -> list[Row]:
+    """The rows with these recipes, all if none is named, in the file's order.
+
+    Raises:
+        UserError: For an unknown recipe or a file that does not fit the schema.
+    """
+    try:
+        rows = TypeAdapter(list[Row]).validate_python(yaml.safe_load(ROWS.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise UserError(f"{ROWS}: {explain(error.errors()[0], Row)}") from None
+    known = [row.recipe for row in rows]
+    for name in wanted:
+        if name not in known:
+            raise UserError(
+                f"{name!r} is no row of {ROWS.name}{did_you_mean(name, known)} (there is {', '.join(known)})"
+            )
+    return [row for row in rows if not wanted or row.recipe in wanted]
+
+
+def folder_of(recipe: str, runs: Path) -> Path:
+    return runs / Path(recipe).stem
+
+
+def finished(run: Path) -> bool:
+    return (run / "results.json").is_file() and bool(read_json(run / "results.json").get("finished"))
+
+
+def train_row(row: Row, runs: Path, settings: list[str], device: str | None) -> bool:
+    """Train a row's recipe and its twin, as far as they are not; whether both are finished now.
+
+    Raises:
+        Stopped: When a signal, or the end of the time, has stopped a run; its state is saved.
+    """
+    for name in (row.recipe, row.twin):
+        if name is None or finished(folder_of(name, runs)):
+            continue
+        say(f"--- {name}")
+        try:
+            train(load_recipe(name, settings), folder_of(name, runs), World(0, 1, choose_device(device)))
+        except Diverged as error:
+            say(f"{name} is left out: {error}")
+            return False
+    return True
+
+
+def collect(run: Path, output: Path) -> list[Path]:
+    """A finished run as tar files of at most 16 MB, state left out: `cat NAME.tar.* | tar -x` puts it together."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for path in sorted(run.iterdir()):
+            if path.is_file():
+                archive.add(path, f"{run.name}/{path.name}")
+    data, pieces = buffer.getvalue(), []
+    output.mkdir(parents=True, exist_ok=True)
+    for i, start in enumerate(range(0, len(data), PIECE)):
+        pieces.append(output / f"{run.name}.tar.{i:02}")
+        write_atomically(pieces[-1], data[start : start + PIECE])
+    return pieces
+
+
+@exits_cleanly
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", help="recipes of the rows to do (default: all)")
+    parser.add_argument("--minutes", type=float, help="stop and save after this time (default: none)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of every recipe")
+    parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="pack finished runs there instead of releasing")
+    args = parser.parse_args()
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error("--minutes must be more than 0")
+    rows = load_rows(args.rows)
+    end = time.monotonic() + 60 * args.minutes if args.minutes else None
+    if end is not None:
+        alarm = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+        alarm.daemon = True
+        alarm.start()
+    for row in rows:
+        try:
+            done = train_row(row, args.runs, args.set, args.device)
+        except Stopped as stopped:
+            say(f"stopped in {row.recipe}; the same command goes on from here")
+            return 0 if end is not None and time.monotonic() >= end else 128 + int(stopped.args[0])
+        runs = [folder_of(name, args.runs) for name in (row.recipe, row.twin) if name is not None]
+        if args.collect is not None:
+            for run in filter(finished, runs):
+                collect(run, args.collect)
+        elif done:
+            for run in runs:
+                others = [other for other in runs if other != run]
+                say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
+        if end is not None and time.monotonic() >= end:
+            break
+    return 0
+
+
+if __name__ == "__main__":
+    main()
