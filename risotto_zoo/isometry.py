@@ -108,11 +108,12 @@ class BlockSignal:
     name: str
     norm: float  # root mean square over images of the norm of the signal
     similarity: float  # mean cosine similarity of the signals of different images
+    activation_similarity: float  # the same of the activations themselves, which are nonnegative
 
 
 @torch.no_grad()
 def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
-    """Norm and cosine similarity of the signals after every residual block, at the pixels that reach the last map.
+    """Norm and cosine similarity after every residual block, at the pixels that reach the last map.
 
     Strides sample pixels; comparing depths is fair only on the pixels that all of them see, so every map is read at
     the stride of the last one.
@@ -129,7 +130,7 @@ def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
     handles = []
     for i in range(1, 10):
         for name, block in getattr(model, f"layer{i}", nn.Sequential()).named_children():
-            keep = lambda _module, _inputs, output, key=f"layer{i}.{name}": maps.update({key: signal(output)})  # noqa: E731
+            keep = lambda _module, _inputs, output, key=f"layer{i}.{name}": maps.update({key: output})  # noqa: E731
             handles.append(block.register_forward_hook(keep))
     try:
         signal_map(model)(images)
@@ -137,12 +138,18 @@ def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
         for handle in handles:
             handle.remove()
     last = next(reversed(maps.values())).shape[-1]
-    different = ~torch.eye(len(images), dtype=torch.bool)
     results = []
     for name, full in maps.items():
         step = full.shape[-1] // last
-        flat = full[..., ::step, ::step].flatten(1).double().cpu()
-        unit = nn.functional.normalize(flat, dim=1)
-        similarity = (unit @ unit.T)[different].mean().item()
-        results.append(BlockSignal(name, flat.norm(dim=1).square().mean().sqrt().item(), similarity))
+        sampled = full[..., ::step, ::step].double().cpu()
+        signals = signal(sampled).flatten(1)
+        norm = signals.norm(dim=1).square().mean().sqrt().item()
+        results.append(BlockSignal(name, norm, _similarity(signals), _similarity(sampled.flatten(1))))
     return results
+
+
+def _similarity(rows: Tensor) -> float:
+    """Mean cosine of all pairs of different rows."""
+    unit = nn.functional.normalize(rows, dim=1)
+    different = ~torch.eye(len(rows), dtype=torch.bool)
+    return (unit @ unit.T)[different].mean().item()

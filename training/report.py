@@ -214,7 +214,8 @@ def _plot(draw: Callable[[Axes], None]) -> Figure:
     draw(axes)
     axes.grid(alpha=0.3)
     axes.set_ylabel("top-1 (%)")
-    axes.legend(frameon=False, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 
