@@ -1,8 +1,9 @@
-"""Accuracy on a set of labelled images, with its uncertainty. Imports torch only."""
+"""What a classifier does on labelled images: accuracy with its uncertainty, calibration, comparisons. torch only."""
 
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,23 @@ class Evaluation:
     images_per_second: float
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model said of each image, in the order of the images; tensors of shape (N,) on the CPU."""
+
+    targets: Tensor
+    predicted: Tensor
+    confidence: Tensor  # probability of the predicted class
+    in_five: Tensor  # whether the target is among the five most probable classes
+    losses: Tensor  # cross-entropy, nats
+    classes: int
+    seconds: float
+
+    @property
+    def correct(self) -> Tensor:
+        return self.predicted == self.targets
+
+
 def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """95% confidence interval of a share (Wilson 1927); (0, 1) for no trials."""
     if total == 0:
@@ -35,51 +53,159 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
+def observe(
+    model: nn.Module | Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
-    total: Callable[[Tensor], Tensor] = lambda counts: counts,
-) -> Evaluation:
-    """Evaluate a classifier in evaluation mode, without TensorFloat-32; the model's own mode is put back.
+    amp: torch.dtype | None = None,
+) -> Outcomes:
+    """Run a classifier over labelled images in evaluation mode, without TensorFloat-32; its own mode is put back.
 
     Args:
         model: Maps images (B, C, H, W) to logits (B, K).
         batches: Images and class indices (B,), on the model's device.
-        total: Sums the counters over processes, in place; nothing to do for one.
-
-    Raises:
-        ValueError: If there is no image at all.
+        amp: Autocast to this dtype; float32 if None.
     """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
+    was_training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     tf32 = [switch.allow_tf32 for switch in switches]
     for switch in switches:  # float32 in full, so that everybody's numbers are the same
         switch.allow_tf32 = False
-    counts = torch.zeros(4, dtype=torch.float64)  # images, correct, correct in five, loss
+    parts: list[tuple[Tensor, ...]] = []
+    classes = 0
     start = time.perf_counter()
     for images, targets in batches:
-        logits = model(images).float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = best == targets[:, None]
-        losses = F.cross_entropy(logits, targets, reduction="none").cpu().double()
-        counts += torch.stack([torch.tensor(len(targets)), hits[:, 0].sum().cpu(), hits.sum().cpu(), losses.sum()])
-    model.train(was_training)
+        with torch.autocast(images.device.type, amp) if amp is not None else nullcontext():
+            logits = model(images)
+        logits = logits.float()
+        classes = logits.shape[1]
+        shares, best = logits.softmax(dim=1).topk(min(5, classes), dim=1)
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        hits = (best == targets[:, None]).any(dim=1)
+        parts.append(tuple(part.cpu() for part in (targets, best[:, 0], shares[:, 0], hits, losses)))
+    if isinstance(model, nn.Module):
+        model.train(was_training)
     for switch, value in zip(switches, tf32, strict=True):
         switch.allow_tf32 = value
-    seconds = time.perf_counter() - start
-    counts = total(counts.to(device)).cpu() if device.type == "cuda" else total(counts)  # NCCL sums on the device
-    images = int(counts[0])
+    if not parts:  # one of several processes may have none
+        none = torch.zeros(0, dtype=torch.long)
+        parts.append((none, none, none.float(), none.bool(), none.float()))
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return Outcomes(*columns, classes=classes, seconds=time.perf_counter() - start)
+
+
+def summarize(outcomes: Outcomes, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Evaluation:
+    """Accuracy and loss of what was observed; `total` sums the counters over processes, in place.
+
+    Raises:
+        ValueError: If there is no image at all.
+    """
+    sums = (outcomes.correct.sum(), outcomes.in_five.sum(), outcomes.losses.double().sum())
+    counts = torch.stack([torch.tensor(float(len(outcomes.targets))), *(value.double() for value in sums)])
+    images, top1, top5, loss = total(counts.double()).tolist()
+    images, top1, top5 = round(images), round(top1), round(top5)
     if images == 0:
         raise ValueError("there are no images to evaluate on")
-    top1, top5 = int(counts[1]), int(counts[2])
     return Evaluation(
         images=images,
         top1=top1 / images,
         top1_interval=wilson_interval(top1, images),
         top5=top5 / images,
         top5_interval=wilson_interval(top5, images),
-        loss=counts[3].item() / images,
-        images_per_second=images / seconds,
+        loss=loss / images,
+        images_per_second=images / outcomes.seconds,
     )
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
+) -> Evaluation:
+    """`summarize` of `observe`, over all processes if `total` sums counters over them."""
+    device = next(model.parameters()).device
+
+    def over_processes(counts: Tensor) -> Tensor:  # NCCL sums on the device
+        return total(counts.to(device)).cpu() if device.type == "cuda" else total(counts)
+
+    return summarize(observe(model, batches), over_processes)
+
+
+def per_class(outcomes: Outcomes) -> list[tuple[int, float]]:
+    """Number of images and top-1 accuracy of each class; nan for a class without images."""
+    counts = torch.bincount(outcomes.targets, minlength=outcomes.classes)
+    correct = torch.bincount(outcomes.targets[outcomes.correct], minlength=outcomes.classes)
+    shares = (correct.double() / counts).tolist()
+    return list(zip(counts.tolist(), shares, strict=True))
+
+
+def confusion(outcomes: Outcomes) -> Tensor:
+    """Counts, shape (K, K): row the true class, column the predicted one."""
+    index = outcomes.targets * outcomes.classes + outcomes.predicted
+    return torch.bincount(index, minlength=outcomes.classes**2).view(outcomes.classes, outcomes.classes)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Confidence against accuracy in equal-width bins of confidence, each bin closed above."""
+
+    error: float  # expected calibration error (Guo et al., arXiv 1706.04599)
+    counts: list[int]
+    confidence: list[float]  # mean in each bin, nan where it is empty
+    accuracy: list[float]
+
+
+def calibration(outcomes: Outcomes, bins: int = 15) -> Calibration:
+    """How far confidence is from accuracy."""
+    confidence, correct = outcomes.confidence.double(), outcomes.correct.double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    counts = torch.bincount(which, minlength=bins)
+    sums = [torch.zeros(bins, dtype=torch.float64).index_add_(0, which, value) for value in (confidence, correct)]
+    means = [total / counts for total in sums]
+    error = (sums[0] - sums[1]).abs().sum().item() / len(confidence)
+    return Calibration(error, counts.tolist(), means[0].tolist(), means[1].tolist())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same images."""
+
+    difference: float  # top-1 of the first minus that of the second
+    interval: tuple[float, float]  # 95%, bootstrap over images
+    only_first: int  # images that only the first gets right
+    only_second: int
+    p: float  # McNemar's exact test of equal accuracy
+
+
+def compare(first: Outcomes, second: Outcomes, samples: int = 10_000, seed: int = 0) -> Comparison:
+    """Compare two models on the same images, paired.
+
+    The bootstrap draws the numbers of images that only one model gets right from their multinomial distribution, which
+    is what resampling the images does.
+
+    Raises:
+        ValueError: If they were not observed on the same images.
+    """
+    if not torch.equal(first.targets, second.targets):
+        raise ValueError("the two models did not see the same images")
+    total = len(first.targets)
+    a = int((first.correct & ~second.correct).sum())
+    b = int((second.correct & ~first.correct).sum())
+    generator = torch.Generator().manual_seed(seed)
+    trials = torch.full((samples,), float(total), dtype=torch.float64)
+    drawn_a = torch.binomial(trials, torch.full_like(trials, a / total), generator=generator)
+    left = 0.0 if a == total else b / (total - a)
+    drawn_b = torch.binomial(trials - drawn_a, torch.full_like(trials, left), generator=generator)
+    low, high = ((drawn_a - drawn_b) / total).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Comparison((a - b) / total, (low, high), a, b, _mcnemar(a, b))
+
+
+def _mcnemar(a: int, b: int) -> float:
+    """Two-sided exact p: how probable a split of a + b disagreements at least as uneven is for a fair coin."""
+    n, k = a + b, min(a, b)
+    log_half = n * math.log(0.5)
+    tail = sum(
+        math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) + log_half) for i in range(k + 1)
+    )
+    return min(1.0, 2 * tail)

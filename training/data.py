@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,11 @@ def load_set(
     _check_memory(len(reader.samples), channels * side * side, psutil.virtual_memory().available, source)
     part = {"training": training, "split": split, "root": root}
     key = _cache_key(reader, {**part, "size": size, **asdict(view), "mean": None, "std": None})
-    cached = _read_cache(key)
-    if cached is not None:
-        return cached
-    result = _decode(reader, transform, channels, (channels, side, side), progress)
-    _write_cache(key, result)
-    return result
+    result = _read_cache(key)
+    if result is None:
+        result = _decode(reader, transform, channels, (channels, side, side), progress)
+        _write_cache(key, result)
+    return replace(result, unreadable=[*result.unreadable, *reader.skipped])
 
 
 def check_device_memory(images: ImageSet, device: torch.device) -> None:
@@ -140,6 +139,7 @@ class Source:
     classes: list[str]
     dataset: Any = None  # a timm data set, for sources that are no plain folders
     root: Path | None = None
+    skipped: tuple[str, ...] = ()  # images of kinds that timm does not read from folders, each with the reason
 
 
 def open_source(source: str, training: bool, split: str | None = None, root: str | None = None) -> Source:
@@ -166,7 +166,20 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
     classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
     if len(classes) < 2:
         raise UserError(f"{folder} has one class only ({classes[0]}); it needs a sub-folder for each of two or more")
-    return Source(str(folder), list(reader.samples), classes, root=folder)
+    return Source(str(folder), list(reader.samples), classes, root=folder, skipped=_other_kinds(folder))
+
+
+def _other_kinds(folder: Path) -> tuple[str, ...]:
+    """Images in a folder that timm's reader passes over by their suffix, so that nobody misses them unawares."""
+    kinds = set(Image.registered_extensions()) - timm.data.get_img_extensions(as_set=True)
+    found = [
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if os.path.splitext(name)[1].lower() in kinds
+    ]
+    known = ", ".join(timm.data.get_img_extensions())
+    return tuple(f"{path} (timm reads {known} from folders)" for path in sorted(found))
 
 
 def timm_dataset(source: str, training: bool, split: str | None, root: str | None, **options: Any) -> Any:

@@ -1,80 +1,292 @@
-"""Evaluate a model on labelled images: python -m training.evaluate local-dir:runs/digits"""
+"""Evaluate models on labelled images: python -m training.evaluate risotto_resnet20.cifar10-jpeg --data FOLDER
+
+Any timm model with weights, hf-hub:ORG/NAME, local-dir:FOLDER, or a file of python -m training.export. Several models
+are compared on the same images. --robustness adds the accuracy on damaged images, --figures draws calibration and
+confusion.
+"""
 
 import argparse
+import csv
+import io
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from timm.data import resolve_data_config
+from torch import Tensor
 from tqdm import tqdm
 
 from risotto_zoo.errors import UserError, exits_cleanly
-from risotto_zoo.evaluation import evaluate
+from risotto_zoo.evaluation import (
+    Calibration,
+    Outcomes,
+    calibration,
+    compare,
+    confusion,
+    observe,
+    per_class,
+    summarize,
+)
+from risotto_zoo.files import write_atomically
 from risotto_zoo.models import create_model
 
+from .corruptions import CORRUPTIONS, STRENGTHS
 from .data import ImageSet, View, load_set
 from .distributed import World, choose_device
+from .export import SUFFIXES, load_exported
 from .pipelines import EVAL_BATCH, validation_batches, validation_set
 from .recipe import Data, load_recipe
 
+Net = Callable[[Tensor], Tensor]
+
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
-    parser.add_argument("model", help="a model name with weights, local-dir:FOLDER or hf-hub:ORG/NAME")
+    parser = argparse.ArgumentParser(
+        prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="+", help="a model with weights, local-dir:FOLDER, hf-hub:ORG/NAME or a file")
     parser.add_argument(
         "--data", help="'digits', an image folder, or a timm data set string (default: what the run was trained on)"
     )
     parser.add_argument("--root", help="where a timm data set string finds its files")
     parser.add_argument("--split", help="split of a timm data set string (default: validation)")
+    parser.add_argument("--image-size", type=int, help="side of the images (default: the model's)")
+    parser.add_argument("--crop-pct", type=float, help="share of the resized image that is kept (default: the model's)")
+    parser.add_argument("--batch-size", type=int, help="images at once (default: as many as fit)")
+    parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast (default: float32)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--robustness", action="store_true", help="also on damaged images")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    return parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write all numbers to this file")
+    parser.add_argument("--csv", type=Path, help="write one line a model to this file")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw calibration and confusion of each model")
+    args = parser.parse_args()
+    if args.image_size is not None and args.image_size < 1:
+        parser.error("--image-size starts at 1")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        parser.error("--crop-pct is more than 0 and at most 1")
+    if args.batch_size is not None and args.batch_size < 1:
+        parser.error("--batch-size starts at 1")
+    return args
 
 
 @exits_cleanly
 def main() -> None:
     args = _arguments()
     device = choose_device(args.device)
-    model = create_model(args.model, pretrained=True).to(device)
-    view = View.of(resolve_data_config(model=model, verbose=False))
-    images = _images(args, view)
-    if len(images.classes) != model.num_classes:
-        raise UserError(f"{args.model} knows {model.num_classes} classes, but the data has {len(images.classes)}")
-    names = model.pretrained_cfg.get("label_names")
-    if names and list(names) != images.classes:
-        print("note: the class names of the data are not the model's; they are matched by position", file=sys.stderr)
-    if images.unreadable:
-        print(f"{len(images.unreadable)} images could not be read and are left out:", file=sys.stderr)
-        print("\n".join(f"  {line}" for line in images.unreadable), file=sys.stderr)
-    batches = validation_batches(images, view, World(0, 1, device))
-    bar = tqdm(batches, "evaluating", -(-len(images) // EVAL_BATCH), unit="batch", disable=None, leave=False)
-    result = evaluate(model, bar)
-    print(f"{args.model} on {result.images} images of {len(images.classes)} classes")
-    for name in ("top1", "top5"):
-        low, high = getattr(result, f"{name}_interval")
-        share = getattr(result, name)
-        print(f"top-{name[3:]}     {100 * share:6.2f}%  (95% interval {100 * low:.2f} to {100 * high:.2f})")
-    print(f"loss      {result.loss:.4f}")
-    print(f"images/s  {result.images_per_second:.0f}")
+    sets: dict[View, ImageSet] = {}
+    observed: dict[str, Outcomes] = {}
+    reports = []
+    for name in args.model:
+        net, view, classes, labels = load(name, args, device)
+        if view not in sets:
+            sets[view] = _images(name, args, view)
+            _tell_unreadable(sets[view])
+        images = sets[view]
+        _check_classes(name, classes, labels, images)
+        observed[name] = run(net, images, view, device, args)
+        reports.append(_report(name, observed[name], images))
+        _print(reports[-1])
+        if args.robustness:
+            reports[-1]["robustness"] = _robustness(net, images, view, device, args)
+            _print_robustness(reports[-1])
+        if args.figures is not None:
+            _draw(args.figures, name, observed[name], images.classes)
+    first = args.model[0]
+    for other in args.model[1:]:
+        comparison = compare(observed[first], observed[other])
+        reports.append({"first": first, "second": other, **asdict(comparison)})
+        low, high = comparison.interval
+        print(
+            f"{first} against {other}: {100 * comparison.difference:+.2f} points "
+            f"(95% interval {100 * low:+.2f} to {100 * high:+.2f}), McNemar p = {comparison.p:.3g}"
+        )
     if args.json is not None:
+        _write(args.json, json.dumps(reports, indent=2) + "\n")
+    if args.csv is not None:
+        _write(args.csv, _csv(reports))
+
+
+def load(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Net, View, int, list[str] | None]:
+    """The model as a function of batches, how its images are prepared, and its classes.
+
+    Raises:
+        UserError: If there is no such model or its weights cannot be had.
+    """
+    if Path(name).suffix in SUFFIXES:
+        exported = load_exported(Path(name))
+        return exported.run, _adjusted(exported.view, args), exported.classes, exported.labels
+    model = create_model(name, pretrained=True).to(device).eval()
+    view = _adjusted(View.of(resolve_data_config(model=model, use_test_size=True, verbose=False)), args)
+    labels = model.pretrained_cfg.get("label_names")
+    net = torch.compile(model) if args.compile else model
+    return net, view, model.num_classes, list(labels) if labels else None
+
+
+def _adjusted(view: View, args: argparse.Namespace) -> View:
+    side = args.image_size or view.input_size[1]
+    return replace(view, input_size=(view.input_size[0], side, side), crop_pct=args.crop_pct or view.crop_pct)
+
+
+def run(net: Net, images: ImageSet, view: View, device: torch.device, args: argparse.Namespace) -> Outcomes:
+    """Observe a model on a set, with half as many images at once each time the device runs out of memory."""
+    amp = getattr(torch, args.amp) if args.amp else None
+    batch = args.batch_size or max(16, min(EVAL_BATCH, EVAL_BATCH * 64**2 // view.input_size[1] ** 2))
+    while True:
         try:
-            args.json.write_text(json.dumps(asdict(result), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{args.json} cannot be written: {error.strerror}") from None
+            return observe(net, _batches(images, view, device, batch), amp)
+        except torch.OutOfMemoryError:
+            if batch == 1 or args.batch_size:
+                raise UserError(f"{batch} images of {view.input_size[1]} px do not fit into the device") from None
+            batch //= 2
 
 
-def _images(args: argparse.Namespace, view: View) -> ImageSet:
+def _batches(images: ImageSet, view: View, device: torch.device, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    total = -(-len(images) // batch)
+    parts = validation_batches(images, view, World(0, 1, device), batch)
+    return iter(tqdm(parts, "evaluating", total, unit="batch", disable=None, leave=False))
+
+
+def _images(name: str, args: argparse.Namespace, view: View) -> ImageSet:
     """The named data, or what the run in a local folder was validated on."""
     if args.data is not None:
         return load_set(args.data, False, view, split=args.split, root=args.root)
-    source, _, folder = args.model.partition(":")
+    source, _, folder = name.partition(":")
     recipe_file = Path(folder) / "recipe.yaml"
     if source != "local-dir" or not recipe_file.is_file():
-        raise UserError(f"{args.model} does not say what to evaluate it on; name a folder with --data")
+        raise UserError(f"{name} does not say what to evaluate it on; name a folder with --data")
     data: Data = load_recipe(str(recipe_file)).data
     changes = {"val_split": args.split, "root": args.root}
     return validation_set(data.model_copy(update={key: value for key, value in changes.items() if value}), view)
+
+
+def _tell_unreadable(images: ImageSet) -> None:
+    if images.unreadable:
+        print(f"{len(images.unreadable)} images could not be read and are left out:", file=sys.stderr)
+        print("\n".join(f"  {line}" for line in images.unreadable), file=sys.stderr)
+
+
+def _check_classes(name: str, classes: int, labels: list[str] | None, images: ImageSet) -> None:
+    if len(images.classes) != classes:
+        raise UserError(f"{name} knows {classes} classes, but the data has {len(images.classes)}")
+    if labels and labels != images.classes:
+        print("note: the class names of the data are not the model's; they are matched by position", file=sys.stderr)
+
+
+def _report(name: str, outcomes: Outcomes, images: ImageSet) -> dict[str, Any]:
+    by_class = zip(images.classes, per_class(outcomes), strict=True)
+    return {
+        "model": name,
+        **asdict(summarize(outcomes)),
+        "calibration_error": calibration(outcomes).error,
+        "per_class": {label: {"images": count, "top1": share} for label, (count, share) in by_class},
+        "confusion": confusion(outcomes).tolist(),
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(f"{report['model']} on {report['images']} images of {len(report['per_class'])} classes")
+    for name in ("top1", "top5"):
+        low, high = report[f"{name}_interval"]
+        print(f"top-{name[3:]}     {100 * report[name]:6.2f}%  (95% interval {100 * low:.2f} to {100 * high:.2f})")
+    print(f"loss      {report['loss']:.4f}")
+    print(f"calibration error {100 * report['calibration_error']:.2f}%")
+    ranked = sorted((entry["top1"], label) for label, entry in report["per_class"].items() if entry["images"])
+    (worst, last), (best, first) = ranked[0], ranked[-1]
+    print(f"classes   from {100 * worst:.1f}% ({last}) to {100 * best:.1f}% ({first})")
+    print(f"images/s  {report['images_per_second']:.0f}")
+
+
+def _robustness(
+    net: Net, images: ImageSet, view: View, device: torch.device, args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Top-1 on damaged images, by kind of damage and strength."""
+    result: dict[str, list[float]] = {}
+    for kind, corrupt in CORRUPTIONS.items():
+        for strength in range(STRENGTHS):
+            generator = torch.Generator().manual_seed(strength)
+            damaged = replace(images, images=corrupt(images.images, strength, generator))
+            result.setdefault(kind, []).append(summarize(run(net, damaged, view, device, args)).top1)
+    return result
+
+
+def _print_robustness(report: dict[str, Any]) -> None:
+    print("top-1 on damaged images, from weak to strong")
+    for kind, values in report["robustness"].items():
+        print(f"  {kind:10} {' '.join(f'{100 * value:6.2f}%' for value in values)}")
+
+
+def _csv(reports: list[dict[str, Any]]) -> str:
+    keys = ["model", "images", "top1", "top5", "loss", "calibration_error", "images_per_second"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(report for report in reports if "model" in report)
+    return text.getvalue()
+
+
+def _draw(folder: Path, name: str, outcomes: Outcomes, classes: list[str]) -> None:
+    stem = name.replace(":", "_").replace("/", "_")
+    for kind, figure in (
+        ("calibration", reliability_diagram(outcomes)),
+        ("confusion", confusion_matrix(outcomes, classes)),
+    ):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=120)
+        _write(folder / f"{stem}-{kind}.png", buffer.getvalue())
+
+
+def reliability_diagram(outcomes: Outcomes) -> Figure:
+    """Accuracy by confidence, and how many images there are of each."""
+    found: Calibration = calibration(outcomes)
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    bins = len(found.counts)
+    centres = [(i + 0.5) / bins for i in range(bins)]
+    axes.bar(centres, found.accuracy, 1 / bins, edgecolor="white", label="accuracy")
+    axes.plot([0, 1], [0, 1], "k--", linewidth=1, label="as confident as right")
+    axes.set(ylabel="accuracy", ylim=(0, 1), title=f"expected calibration error {100 * found.error:.2f}%")
+    axes.legend(frameon=False)
+    counts.bar(centres, found.counts, 1 / bins, edgecolor="white", color="grey")
+    counts.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
+    return figure
+
+
+def confusion_matrix(outcomes: Outcomes, classes: list[str]) -> Figure:
+    """Shares of each true class; numbers are written in while there is room for them."""
+    counts = confusion(outcomes).double()
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    side = min(12.0, 3 + 0.4 * len(classes))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(classes) <= 40:
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+    if len(classes) <= 20:
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                value = shares[row, column].item()
+                colour = "white" if value > 0.5 else "black"
+                axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set(xlabel="predicted", ylabel="true", title="share of each true class (%)")
+    return figure
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -46,10 +46,12 @@ def build_pipeline(recipe: Recipe, view: View, world: World) -> Pipeline:
     return (Resident if recipe.data.pipeline == "resident" else Streaming)(recipe, view, world)
 
 
-def validation_batches(images: ImageSet, view: View, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+def validation_batches(
+    images: ImageSet, view: View, world: World, size: int = EVAL_BATCH
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized batches of every world.size-th image, beginning at world.rank."""
     mean, std = _statistics(view, world.device)
-    for part in torch.arange(len(images))[world.rank :: world.size].split(EVAL_BATCH):
+    for part in torch.arange(len(images))[world.rank :: world.size].split(size):
         batch = images.images[part].to(world.device).float() / 255
         yield (batch - mean[:, None, None]) / std[:, None, None], images.targets[part].to(world.device)
 
@@ -142,10 +144,10 @@ class Streaming:
             if key not in known:
                 hint = did_you_mean(key, known)
                 raise UserError(f"data.loader.{key}: timm.data.create_loader takes no such argument{hint}")
+        self.unreadable: list[str] = []  # by their kind; of each image that is broken timm's readers warn
         self.train = self._open(True, data.train_split)
         self.val = self._open(False, data.val_split)
         self.classes = self.train_classes
-        self.unreadable: list[str] = []  # timm's readers warn of each image they skip
         self.train_size, self.val_size = len(self.train), len(self.val)
         self.batch, self.steps_per_epoch = _batch_plan(recipe, self.train_size, world)
         try:
@@ -160,6 +162,7 @@ class Streaming:
             raise UserError("data: digits is small; set data.pipeline to resident")
         if not data.source.startswith(TIMM_SCHEMES):
             source = open_source(data.source, training)
+            self.unreadable += source.skipped
             if training:
                 self.train_classes = source.classes
             elif source.classes != self.train_classes:

@@ -1,0 +1,159 @@
+"""The numbers of an evaluation, against independent computations of the same."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, recall_score, top_k_accuracy_score
+
+from risotto_zoo.checkpoints import model_config, save_model
+from risotto_zoo.evaluation import (
+    Outcomes,
+    calibration,
+    compare,
+    confusion,
+    evaluate,
+    observe,
+    per_class,
+    summarize,
+)
+from training import evaluate as command_line
+
+
+class Table(torch.nn.Module):
+    """A model whose logits are given: image i holds its number."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def forward(self, images):
+        return self.logits[images[:, 0, 0, 0].long()]
+
+
+def made(count=1000, classes=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (count,), generator=torch.Generator().manual_seed(99))
+    logits = torch.randn(count, classes, generator=generator)
+    logits[torch.arange(count), targets] += 1.0
+    images = torch.arange(count).float().view(-1, 1, 1, 1)
+    batches = [(images[i : i + 64], targets[i : i + 64]) for i in range(0, count, 64)]
+    return Table(logits), batches, logits, targets
+
+
+def test_everything_agrees_with_scikit_learn():
+    model, batches, logits, targets = made()
+    outcomes = observe(model, batches)
+    result = summarize(outcomes)
+    shares = logits.softmax(1).numpy().astype(np.float64)
+    predicted = logits.argmax(1).numpy()
+    assert result.top1 == accuracy_score(targets, predicted)
+    assert result.top5 == top_k_accuracy_score(targets, shares, k=5)
+    assert result.loss == pytest.approx(log_loss(targets, shares), rel=1e-6)
+    assert np.array_equal(confusion(outcomes).numpy(), confusion_matrix(targets, predicted))
+    recalls = recall_score(targets, predicted, average=None)
+    assert [share for _, share in per_class(outcomes)] == pytest.approx(list(recalls))
+    assert evaluate(model, batches).top1 == result.top1
+
+
+def test_calibration_agrees_with_a_plain_loop():
+    model, batches, logits, targets = made()
+    result = calibration(observe(model, batches), bins=10)
+    confidence, predicted = (value.numpy() for value in logits.softmax(1).max(1))
+    expected = 0.0
+    for i in range(10):
+        inside = (confidence > i / 10) & (confidence <= (i + 1) / 10)
+        assert result.counts[i] == inside.sum()
+        if inside.any():
+            accuracy = (predicted == targets.numpy())[inside].mean()
+            expected += inside.sum() / 1000 * abs(confidence[inside].astype(np.float64).mean() - accuracy)
+            assert result.accuracy[i] == pytest.approx(accuracy)
+    assert result.error == pytest.approx(expected, rel=1e-6)
+    sure = Table(torch.eye(3) * 100)
+    right = [(torch.arange(3).float().view(-1, 1, 1, 1), torch.arange(3))]
+    assert calibration(observe(sure, right)).error == pytest.approx(0, abs=1e-6)
+
+
+def test_comparison_agrees_with_scipy_and_with_resampling_images():
+    from scipy.stats import binomtest
+
+    first, batches, *_ = made(seed=0)
+    second, *_ = made(seed=1)
+    a, b = observe(first, batches), observe(second, batches)
+    result = compare(a, b)
+    assert result.difference == pytest.approx(summarize(a).top1 - summarize(b).top1)
+    split = binomtest(result.only_first, result.only_first + result.only_second, 0.5)
+    assert result.p == pytest.approx(split.pvalue, rel=1e-9)
+    draw = np.random.default_rng(0)
+    gains = a.correct.numpy().astype(float) - b.correct.numpy()
+    means = [gains[draw.integers(0, 1000, 1000)].mean() for _ in range(4000)]
+    assert result.interval == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.004)
+    same = compare(a, a)
+    assert (same.difference, same.interval, same.p) == (0, (0, 0), 1)
+    with pytest.raises(ValueError, match="same images"):
+        compare(
+            a,
+            Outcomes(
+                a.targets[:5], *[getattr(a, k)[:5] for k in ("predicted", "confidence", "in_five", "losses")], 7, 1.0
+            ),
+        )
+
+
+def test_edges():
+    with pytest.raises(ValueError, match="no images"):
+        summarize(observe(Table(torch.zeros(1, 3)), []))
+    model, batches, *_ = made(count=3, classes=2)
+    outcomes = observe(model, batches)
+    assert outcomes.in_five.all() and summarize(outcomes).top5 == 1
+    shares = per_class(
+        Outcomes(*[torch.zeros(1, dtype=torch.long)] * 2, torch.ones(1), torch.ones(1).bool(), torch.ones(1), 2, 1.0)
+    )
+    assert shares[0] == (1, 1.0) and shares[1][0] == 0 and math.isnan(shares[1][1])
+
+
+def test_the_models_mode_and_tf32_are_put_back():
+    model, batches, *_ = made()
+    model.train()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    observe(model, batches)
+    assert model.training and torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_top1_of_1000_real_images_is_that_of_a_loop_over_timms_loader(tmp_path, command):
+    """scikit-learn's scans as PNG files, through `training.evaluate` and through nothing of ours but the model."""
+    digits = load_digits()
+    for i in range(1000):
+        folder = tmp_path / "digits" / "val" / str(digits.target[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        scan = Image.fromarray((digits.images[i] * 15).astype(np.uint8)).resize((20, 20))
+        scan.convert("RGB").save(folder / f"{i}.png")
+    model = timm.create_model("risotto_resnet20", seed=0).eval()
+    cfg = model.pretrained_cfg
+    data = {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    save_model(tmp_path / "model", model.state_dict(), model_config(model, [str(i) for i in range(10)], data, {}))
+    source, report = f"local-dir:{tmp_path / 'model'}", tmp_path / "report.json"
+    result = command(command_line.main, source, "--data", tmp_path / "digits", "--device", "cpu", "--json", report)
+    assert result.code == 0, result
+
+    model = timm.create_model(source, pretrained=True).eval()
+    settings = timm.data.resolve_data_config(model=model)
+    loader = timm.data.create_loader(
+        timm.data.ImageDataset(str(tmp_path / "digits" / "val")), batch_size=64, use_prefetcher=False, **settings
+    )
+    correct, loss, count = 0, 0.0, 0
+    with torch.no_grad():
+        for images, targets in loader:
+            logits = model(images)
+            correct += (logits.argmax(1) == targets).sum().item()
+            loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+            count += len(targets)
+    ours = json.loads(report.read_text())[0]
+    assert count == ours["images"] == 1000
+    assert ours["top1"] == correct / count
+    assert ours["loss"] == pytest.approx(loss / count, rel=1e-5)

@@ -1,0 +1,104 @@
+"""Exported files agree with PyTorch at any batch size, carry what they need, and are written whole or not at all."""
+
+import csv
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+
+from risotto_zoo.checkpoints import model_config, save_model
+from risotto_zoo.errors import UserError
+from training import evaluate, export
+from training.data import View
+
+
+def folder_of(name, path, **kwargs):
+    """A model folder with weights that nobody has trained, of a net with a batch norm's statistics if it has one."""
+    model = timm.create_model(name, num_classes=10, seed=0, **kwargs)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    cfg = model.pretrained_cfg
+    data = {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    save_model(path, model.state_dict(), model_config(model, [f"class {i}" for i in range(10)], data, {}))
+    return f"local-dir:{path}"
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet18_cifar", "risotto_resnet50_cifar"])
+def test_onnx_runtime_agrees_on_100_real_images_at_any_batch(name, tmp_path):
+    source = folder_of(name, tmp_path / "model")
+    file = tmp_path / "model.onnx"
+    model = timm.create_model(source, pretrained=True).eval()
+    images = export.photos(View.of({**model.pretrained_cfg, "crop_mode": "center"}), 100)
+    assert export.export(source, file, images=images) < 1e-4
+    with torch.no_grad():
+        wanted = model(images).numpy()
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for size in (1, 7, 64, 100):
+        (logits,) = session.run(None, {"images": images[:size].numpy()})
+        assert np.abs(logits - wanted[:size]).max() < 1e-4
+    stored = onnx.load(str(file))
+    facts = json.loads({entry.key: entry.value for entry in stored.metadata_props}[export.KEY])
+    assert facts["mean"] == list(model.pretrained_cfg["mean"]) and facts["labels"][3] == "class 3"
+    assert stored.opset_import[0].version == export.OPSET
+
+
+@pytest.mark.parametrize("suffix", export.SUFFIXES)
+@pytest.mark.parametrize("half", [False, True])
+def test_every_format_in_both_precisions(suffix, half, tmp_path):
+    source = folder_of("risotto_resnet20_bn", tmp_path / "model")
+    file = tmp_path / f"small{suffix}"
+    assert export.export(source, file, half=half) < export.TOLERANCE[half]
+    read = export.load_exported(file)
+    assert read.classes == 10 and read.view.input_size == (3, 32, 32)
+    assert read.run(torch.zeros(3, 3, 32, 32)).shape == (3, 10)
+    assert read.run(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
+
+
+def test_evaluate_reads_exported_files_and_compares_models(tmp_path, command, photo_folder):
+    source = folder_of("risotto_resnet20", tmp_path / "model", in_chans=3)
+    state = timm.create_model(source, pretrained=True)
+    state.reset_classifier(2)
+    cfg = state.pretrained_cfg
+    data = {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    save_model(tmp_path / "model", state.state_dict(), model_config(state, ["church", "flower"], data, {}))
+    result = command(export.main, source, "--output", tmp_path / "model.onnx", "--data", photo_folder)
+    assert result.code == 0 and "largest" in result.out, result
+    report, table, figures = tmp_path / "out" / "report.json", tmp_path / "out" / "table.csv", tmp_path / "figures"
+    files = ["--json", report, "--csv", table, "--figures", figures]
+    result = command(evaluate.main, source, tmp_path / "model.onnx", "--data", photo_folder, "--robustness", *files)
+    assert result.code == 0, result
+    first, second, comparison = json.loads(report.read_text())
+    assert first["top1"] == second["top1"] and first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    assert comparison["difference"] == 0 and comparison["p"] == 1
+    assert {len(values) for values in first["robustness"].values()} == {5} and len(first["robustness"]) == 5
+    assert sum(map(sum, first["confusion"])) == first["images"] == 16
+    assert [row["model"] for row in csv.DictReader(table.open())] == [source, str(tmp_path / "model.onnx")]
+    assert len(list(figures.glob("*.png"))) == 4
+
+
+def test_what_cannot_be_exported_or_read_is_told(tmp_path, command):
+    source = folder_of("risotto_resnet20", tmp_path / "model")
+    result = command(export.main, source, "--output", tmp_path / "model.xyz")
+    assert result.code == 2 and "named *.onnx" in result.err
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model")
+    for name, word in (("broken.onnx", "damaged"), ("missing.pt2", "no such file")):
+        result = command(evaluate.main, tmp_path / name, "--data", "digits")
+        assert result.code == 2 and word in result.err and "Traceback" not in result.err
+
+
+def test_a_file_that_disagrees_is_not_written(tmp_path, monkeypatch):
+    source = folder_of("risotto_resnet20", tmp_path / "model")
+    file = tmp_path / "model.ts"
+    export.export(source, file)
+    before = file.read_bytes()
+    monkeypatch.setattr(export, "TOLERANCE", {False: -1.0, True: -1.0})
+    with pytest.raises(UserError, match="not written"):
+        export.export(source, file)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()].count("model.ts") == 1

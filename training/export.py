@@ -1,0 +1,261 @@
+"""Export a trained model: python -m training.export risotto_resnet20.cifar10-jpeg --format onnx
+
+The file takes batches of any size, carries its preprocessing and class names, and is written only if it agrees with
+PyTorch on real images. `python -m training.evaluate FILE --data FOLDER` measures it.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_sample_images
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from risotto_zoo.errors import UserError, exits_cleanly
+from risotto_zoo.images import to_mode
+from risotto_zoo.models import create_model
+
+from .data import View, load_set
+
+SUFFIXES = {".onnx": "onnx", ".ts": "torchscript", ".pt2": "torch.export"}
+OPSET = 18
+KEY = "risotto_zoo.json"  # the name of our metadata inside the file
+CHECKED = (1, 7, 64)  # batch sizes
+TOLERANCE = {False: 1e-4, True: 2e-2}  # of logits, float32 and float16, relative to the largest
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model read back from a file."""
+
+    run: Callable[[Tensor], Tensor]  # float32 images (B, C, H, W) on the CPU to float32 logits
+    view: View
+    classes: int
+    labels: list[str] | None
+
+
+def export(name: str, path: Path, half: bool = False, images: Tensor | None = None) -> float:
+    """Write a model to a file, in the format that its suffix says, once it agrees with PyTorch.
+
+    Args:
+        name: A model with weights, as for `timm.create_model`.
+        path: *.onnx, *.ts (TorchScript) or *.pt2 (torch.export).
+        half: Weights and arithmetic in float16; inputs and logits stay float32.
+        images: Normalized images (N, C, H, W) to compare on; crops of two photos if None.
+
+    Returns:
+        The largest difference of a logit from PyTorch's in float32, relative to the largest logit.
+
+    Raises:
+        UserError: If the model cannot be had, the format's package is missing, the file cannot be written, or the
+            difference is above tolerance: nothing is written then.
+    """
+    model = create_model(name, pretrained=True).eval()
+    view = View.of(resolve_data_config(model=model, use_test_size=True, verbose=False))
+    if images is None:
+        images = photos(view, max(CHECKED))
+    labels = model.pretrained_cfg.get("label_names")
+    facts = {"model": name, "classes": model.num_classes, "labels": list(labels) if labels else None, **asdict(view)}
+    with torch.no_grad():
+        wanted = torch.cat([model(part) for part in images.split(64)])
+    net = _Half(model).eval() if half else model
+    temporary = path.with_name(f".{path.stem}.new{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _WRITERS[_format(path)](net, images, temporary, json.dumps(facts))
+        difference = _difference(load_exported(temporary).run, images, wanted)
+        if not difference <= TOLERANCE[half]:
+            raise UserError(
+                f"{path} is not written: its logits are off by {difference:.1e} of the largest, more than "
+                f"{TOLERANCE[half]:.0e}"
+            )
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return difference
+
+
+def load_exported(path: Path) -> Exported:
+    """Read a file that `export` has written.
+
+    Raises:
+        UserError: If it is missing, broken, or not one of ours.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        run, text = _READERS[_format(path)](path)
+        facts = json.loads(text)
+        view = View(**{key: _tuple(facts[key]) for key in View.__dataclass_fields__})
+    except UserError:
+        raise
+    except Exception as error:  # three runtimes, each with errors of its own
+        reason = str(error).split("\n")[0][:120]
+        raise UserError(f"{path} is damaged or was not written by training.export ({reason})") from None
+    return Exported(run, view, facts["classes"], facts["labels"])
+
+
+def photos(view: View, count: int) -> Tensor:
+    """Crops of scikit-learn's two sample photos, normalized as the model wants them, shape (count, C, H, W)."""
+    from PIL import Image
+
+    draw, side = np.random.default_rng(0), view.input_size[1]
+    sources = [Image.fromarray(photo) for photo in load_sample_images().images]
+    crops = []
+    for i in range(count):
+        photo = sources[i % 2]
+        left, top = draw.integers(0, photo.width - 256), draw.integers(0, photo.height - 256)
+        crop = photo.crop((left, top, left + 256, top + 256)).resize((side, side))
+        crops.append(torch.from_numpy(np.array(to_mode(crop, view.input_size[0]))).reshape(side, side, -1))
+    return normalized(torch.stack(crops).permute(0, 3, 1, 2), view)
+
+
+def normalized(images: Tensor, view: View) -> Tensor:
+    """uint8 images (N, C, H, W) as the model's inputs."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (view.mean, view.std))
+    return (images.float() / 255 - mean) / std
+
+
+class _Half(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.half()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.half()).float()
+
+
+def _difference(run: Callable[[Tensor], Tensor], images: Tensor, wanted: Tensor) -> float:
+    scale = wanted.abs().max().item()
+    worst = 0.0
+    for size in (*CHECKED, len(images)):
+        part = images[:size]
+        worst = max(worst, (run(part) - wanted[: len(part)]).abs().max().item() / scale)
+    return worst
+
+
+def _format(path: Path) -> str:
+    if path.suffix not in SUFFIXES:
+        known = ", ".join(f"{suffix} ({name})" for suffix, name in SUFFIXES.items())
+        raise UserError(f"{path}: the suffix says the format; use {known}")
+    return SUFFIXES[path.suffix]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _needs(package: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{package} is not installed; pip install 'risotto-zoo[export]'") from None
+
+
+def _write_onnx(net: nn.Module, images: Tensor, path: Path, facts: str) -> None:
+    onnx = _needs("onnx")
+    _needs("onnxscript")
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            net,
+            (images[:2],),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: batch},),
+            external_data=False,
+            verbose=False,
+        )
+    program.save(str(path))
+    model = onnx.load(str(path))
+    entry = model.metadata_props.add()
+    entry.key, entry.value = KEY, facts
+    onnx.save(model, str(path))
+
+
+def _read_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
+    runtime = _needs("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map[KEY]
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.cpu().numpy()})[0]), facts
+
+
+def _write_torchscript(net: nn.Module, images: Tensor, path: Path, facts: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(net), str(path), _extra_files={KEY: facts})
+
+
+def _read_torchscript(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
+    extra = {KEY: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
+    return torch.no_grad()(net), _text(extra[KEY])
+
+
+def _write_program(net: nn.Module, images: Tensor, path: Path, facts: str) -> None:
+    program = torch.export.export(net, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(program, str(path), extra_files={KEY: facts})
+
+
+def _read_program(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
+    extra = {KEY: ""}
+    program = torch.export.load(str(path), extra_files=extra)
+    return torch.no_grad()(program.module()), _text(extra[KEY])
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+_WRITERS = {"onnx": _write_onnx, "torchscript": _write_torchscript, "torch.export": _write_program}
+_READERS = {"onnx": _read_onnx, "torchscript": _read_torchscript, "torch.export": _read_program}
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", help="a model with weights, local-dir:FOLDER or hf-hub:ORG/NAME")
+    parser.add_argument("--format", choices=list(SUFFIXES.values()), default="onnx", help="default: onnx")
+    parser.add_argument("--output", type=Path, help="the file (default: NAME.onnx, .ts or .pt2)")
+    parser.add_argument("--half", action="store_true", help="float16 inside; inputs and logits stay float32")
+    parser.add_argument("--data", help="compare on 100 validation images of this folder (default: crops of two photos)")
+    args = parser.parse_args()
+    suffix = next(suffix for suffix, name in SUFFIXES.items() if name == args.format)
+    path = args.output or Path(args.name.replace(":", "_").replace("/", "_") + suffix)
+    if path.suffix != suffix:
+        raise UserError(f"--output {path}: a {args.format} file is named *{suffix}")
+    images = None
+    if args.data is not None:
+        model = create_model(args.name, pretrained=True)
+        view = View.of(resolve_data_config(model=model, use_test_size=True, verbose=False))
+        held = load_set(args.data, False, view)
+        chosen = torch.linspace(0, len(held) - 1, min(100, len(held))).long()
+        images = normalized(held.images[chosen], view)
+    difference = export(args.name, path, args.half, images)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, batches of any size; largest difference of a logit")
+    print(f"from PyTorch, relative to the largest: {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
