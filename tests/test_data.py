@@ -156,8 +156,8 @@ def test_evaluate_refuses_other_class_counts_and_unknown_models(folder, command,
     assert result.code == 2 and "knows 2 classes, but the data has 3" in result.err
     result = command(evaluate.main, "risotto_resnet2", "--data", folder)
     assert result.code == 2 and "did you mean" in result.err
-    result = command(evaluate.main, "risotto_resnet20", "--data", folder)
-    assert result.code == 2 and "No pretrained weights" in result.err
+    result = command(evaluate.main, "risotto_resnet44", "--data", folder)
+    assert result.code == 2 and "no pretrained weights" in result.err
 
 
 # --- what is read
