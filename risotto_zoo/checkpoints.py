@@ -123,6 +123,9 @@ def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, An
     source = config.get("file") or config.get("hf_hub_id") or "the state dict"
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     channels, classes = config["input_size"][0], config["num_classes"]
+    for key in ("first_conv", "classifier"):
+        if not config.get(key):
+            raise UserError(f"{source}: its configuration does not name the {key} of {name}")
     stem = f"{config['first_conv']}.weight"
     expected[stem] = (expected[stem][0], channels, *expected[stem][2:])
     head = config["classifier"]
@@ -139,6 +142,23 @@ def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, An
         raise UserError(f"{source} holds a tensor {min(surplus)} that {name} does not have: {mend}")
 
 
+def check_config(folder: Path) -> None:
+    """Make sure that a folder has a config.json in timm's format.
+
+    Raises:
+        UserError: If it is missing or damaged.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder} is no model folder: {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: not valid JSON") from None
+    if not isinstance(config, dict) or "architecture" not in config:
+        raise UserError(f"{path} names no architecture; it is not in timm's format")
+
+
 def folder_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder, verified against the hash in its results.json if it has one.
 
@@ -148,10 +168,13 @@ def folder_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     if not path.exists():
         raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
-    digest = None
-    if (folder / "results.json").is_file():
-        try:
-            digest = json.loads((folder / "results.json").read_text(encoding="utf-8"))["sha256"].get(WEIGHTS)
-        except (OSError, ValueError, KeyError, AttributeError):
-            raise UserError(f"{folder / 'results.json'} is damaged, so {WEIGHTS} cannot be verified") from None
-    return read_tensors(read_verified(path, digest), str(path))
+    if not (folder / "results.json").is_file():  # a run that is not finished
+        return read_tensors(read_verified(path), str(path))
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        digest, size = results["sha256"][WEIGHTS], results.get("bytes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        digest, size = None, None
+    if not isinstance(digest, str) or len(digest) != 64 or not isinstance(size, (int, type(None))):
+        raise UserError(f"{folder / 'results.json'} does not give the sha256 of {WEIGHTS}, so it cannot be verified")
+    return read_tensors(read_verified(path, digest, size), str(path))

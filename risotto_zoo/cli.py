@@ -1,6 +1,7 @@
 """The command `risotto-zoo`: the models, how they propagate signals at initialization, and what they see in images."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -89,6 +90,8 @@ def list_models(args: argparse.Namespace) -> int:
 
 def predict_images(args: argparse.Namespace) -> int:
     """Print the most probable classes of each image; what cannot be read is named and counted."""
+    for stream in (sys.stdout, sys.stderr):  # file names may hold what the terminal cannot show
+        stream.reconfigure(errors="backslashreplace")
     classifier = load(args.model, args.device, args.revision)
     paths = [path for given in args.image for path in _image_files(given)]
     broken = 0
@@ -107,7 +110,7 @@ def predict_images(args: argparse.Namespace) -> int:
 
 def _image_files(path: Path) -> list[Path]:
     """A file itself, or the files in a folder whose names say that they are images."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, at ease with names that are too long
         return [path]
     known = Image.registered_extensions()
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and not file.is_dir())

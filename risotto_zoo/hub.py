@@ -7,6 +7,7 @@ generates it from the folders in model_cards.
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,9 +29,20 @@ from torch import Tensor
 from .checkpoints import WEIGHTS, read_tensors, read_verified
 from .errors import UserError
 
-ORGANIZATION = os.environ.get("RISOTTO_ZOO_ORG", "risotto-zoo")
+DEFAULT_ORGANIZATION = "risotto-zoo"
+ORGANIZATION = os.environ.get("RISOTTO_ZOO_ORG", DEFAULT_ORGANIZATION)
 PACKAGE = Path(__file__).parent
-MANIFEST: dict[str, dict[str, Any]] = json.loads((PACKAGE / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _manifest() -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads((PACKAGE / "manifest.json").read_text(encoding="utf-8"))
+    except ValueError:  # after a merge, say; what mends it imports this module
+        warnings.warn("manifest.json is damaged, so there are no releases; run python -m training.cards", stacklevel=2)
+        return {}
+
+
+MANIFEST = _manifest()
 
 _HEAD_SECONDS = 2.5  # for the Hub to say what a file is
 _PAUSES = (0.5, 1.5)  # before asking once more
@@ -62,9 +74,10 @@ def release_weights(name: str, cache_dir: str | Path | None = None) -> dict[str,
     """
     entry = MANIFEST[name]
     path = release_file(name)
-    if path is None:
-        path = fetch(repository(name), WEIGHTS, entry["revision"], cache_dir, digest=entry["sha256"])
-    return read_tensors(read_verified(path, entry["sha256"], entry["bytes"]), str(path))
+    if path is not None:
+        return read_tensors(read_verified(path, entry["sha256"], entry["bytes"]), str(path))
+    data = fetch(repository(name), WEIGHTS, entry["revision"], cache_dir, digest=entry["sha256"])
+    return read_tensors(data, f"{repository(name)}/{WEIGHTS}")
 
 
 def hub_weights(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
@@ -80,7 +93,7 @@ def hub_weights(repo_id: str, revision: str | None = None, cache_dir: str | Path
         except UserError as error:
             _forget(Path(config))
             raise UserError(f"{error}. It was thrown away: run the same again") from None
-    return read_tensors(fetch(repo_id, WEIGHTS, revision, cache_dir).read_bytes(), f"{repo_id}/{WEIGHTS}")
+    return read_tensors(fetch(repo_id, WEIGHTS, revision, cache_dir), f"{repo_id}/{WEIGHTS}")
 
 
 def fetch(
@@ -89,7 +102,7 @@ def fetch(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     digest: str | None = None,
-) -> Path:
+) -> bytes:
     """A file of a Hub repository, downloaded through the Hub's cache and verified before anyone reads it.
 
     What the cache holds is verified again each time: its blobs are named by their hash. A damaged file is thrown away
@@ -113,8 +126,7 @@ def fetch(
     cached = Path(cached) if isinstance(cached, str) else None
     if digest is not None and cached is not None and cached.resolve().name == digest:
         try:
-            read_verified(cached, digest)
-            return cached
+            return read_verified(cached, digest)
         except UserError:
             _forget(cached)
             cached = None
@@ -124,15 +136,13 @@ def fetch(
             known = patiently(lambda url=url: huggingface_hub.get_hf_file_metadata(url, timeout=_HEAD_SECONDS))
         except Exception as error:
             if cached is None or not (_may_pass(error) or isinstance(error, OfflineModeIsEnabled)):
-                raise explained(error, what, repo_id) from None
-            read_verified(cached, _hash_in(cached))
-            return cached
+                raise explained(error, what, repo_id, _by_hand(repo_id)) from None
+            return read_verified(cached, _hash_in(cached))
         if digest is not None and known.etag != digest:
             raise UserError(f"{what} is not the file this version of risotto-zoo knows; install the newest risotto-zoo")
         path = _download(repo_id, filename, revision, cache_dir, what)
         try:
-            read_verified(path, known.etag if _is_hash(known.etag) else None, known.size)
-            return path
+            return read_verified(path, known.etag if _is_hash(known.etag) else None, known.size)
         except UserError as error:
             _forget(path)
             if attempt == 2:
@@ -147,7 +157,7 @@ def _download(repo_id: str, filename: str, revision: str | None, cache_dir: str 
         )
         return Path(patiently(call))
     except Exception as error:
-        raise explained(error, what, repo_id) from None
+        raise explained(error, what, repo_id, _by_hand(repo_id)) from None
 
 
 def patiently(call: Callable[[], _T]) -> _T:
@@ -163,15 +173,24 @@ def patiently(call: Callable[[], _T]) -> _T:
     return call()
 
 
-def explained(error: Exception, what: str, repo_id: str) -> UserError:
-    """What went wrong between us and the Hub, in one line; `what` is the thing that was wanted."""
+def _by_hand(repo_id: str) -> str:
+    return f", or `hf download {repo_id} --local-dir FOLDER` where there is a network, then local-dir:FOLDER"
+
+
+def explained(error: Exception, what: str, repo_id: str, instead: str = "") -> Exception:
+    """What went wrong between us and the Hub, in one line; anything else comes back as it is.
+
+    Args:
+        error: As the client raised it.
+        what: The thing that was wanted.
+        repo_id: Its repository.
+        instead: What to do where there is no network.
+    """
+    error = _cause(error)
     status = _status(error)
     place = constants.ENDPOINT
-    by_hand = f"`hf download {repo_id} --local-dir FOLDER` where there is a network, then local-dir:FOLDER"
-    if isinstance(error, UserError):
-        return error
     if isinstance(error, OfflineModeIsEnabled):
-        return UserError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it, or {by_hand}")
+        return UserError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it{instead}")
     if isinstance(error, GatedRepoError):
         return UserError(f"{what} is gated: ask for access at {place}/{repo_id}, then log in with `hf auth login`")
     if isinstance(error, RevisionNotFoundError):
@@ -190,14 +209,22 @@ def explained(error: Exception, what: str, repo_id: str) -> UserError:
     if status is not None and status >= 500:
         return UserError(f"{what}: the Hub is out of order ({status}); try again later")
     if status is not None:
-        return UserError(f"{what}: the Hub refused ({status}): {str(error).strip().splitlines()[-1]}")
+        return UserError(f"{what}: the Hub refused ({status}): {str(error).strip().splitlines()[0]}")
     if isinstance(error, HFValidationError):
         return UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}")
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+    if isinstance(error, OSError) and error.errno is not None and not _may_pass(error):
         return UserError(f"{what} cannot be stored: {error.strerror} ({error.filename or 'the cache'}); make room")
     if "onsistency check" in str(error):
         return UserError(f"{what}: the download was cut short, again and again; nothing was kept. Try again later")
-    return UserError(f"{what}: the Hub at {place} cannot be reached; try again, or {by_hand}")
+    if _may_pass(error):
+        return UserError(f"{what}: the Hub at {place} cannot be reached; try again{instead}")
+    return error
+
+
+def _cause(error: Exception) -> Exception:
+    """The client wraps what happens while it uploads."""
+    wrapped = type(error) is RuntimeError and isinstance(error.__cause__, Exception)
+    return error.__cause__ if wrapped else error
 
 
 def _status(error: Exception) -> int | None:
@@ -207,9 +234,10 @@ def _status(error: Exception) -> int | None:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another attempt, or the cache, may help: a broken line, a busy Hub; not a refusal, not a full disk."""
+    error = _cause(error)
     if isinstance(error, OfflineModeIsEnabled):
         return False
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
         return _status(error) in _BUSY
     module = type(error).__module__.split(".")[0]
     network = module in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")

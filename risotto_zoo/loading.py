@@ -47,17 +47,28 @@ def load(name: str, device: str | torch.device = "cpu", revision: str | None = N
     Raises:
         UserError: If there is no such model, it cannot be reached, or its weights do not verify.
     """
+    source, place = name.split(":", 1) if ":" in name else ("", name)
     if revision is not None:
-        repo = name.removeprefix("hf-hub:") if name.startswith("hf-hub:") else repository(_release(name))
-        name = f"hf-hub:{repo.partition('@')[0]}@{revision}"
+        if source.replace("_", "-") == "hf-hub":
+            name = f"hf-hub:{place.partition('@')[0]}@{revision}"
+        elif revision != MANIFEST[release := _release(name)]["revision"]:
+            name = f"hf-hub:{repository(release)}@{revision}"
     model = create_model(name, pretrained=True).eval()
     try:
         model.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # each backend has its own way to say that it is not there
         raise UserError(f"device {device}: {str(error).splitlines()[0]}") from None
-    data = resolve_data_config(model=model, verbose=False)
-    labels = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
-    return Classifier(model, create_transform(**data), list(labels), data["input_size"][0])
+    try:
+        data = resolve_data_config(model=model, verbose=False)
+        transform = create_transform(**data)
+        labels = [str(label) for label in model.pretrained_cfg.get("label_names") or range(model.num_classes)]
+        channels = int(data["input_size"][0])
+        transform(Image.new("L" if channels == 1 else "RGB", (8, 8)))
+    except Exception as error:  # whatever a configuration from elsewhere may hold
+        raise UserError(f"{name}: its config.json does not say how to prepare images: {error!r}") from None
+    if len(labels) != model.num_classes:
+        raise UserError(f"{name}: its config.json has {len(labels)} label names for {model.num_classes} classes")
+    return Classifier(model, transform, labels, channels)
 
 
 def predict(classifier: Classifier, paths: list[Path]) -> Iterator[tuple[Path, Tensor | UnreadableImage]]:

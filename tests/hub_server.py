@@ -8,9 +8,9 @@ import hashlib
 import json
 import re
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import sleep  # tests shorten time.sleep for the client
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_secret_of_the_tests"
@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             for start in range(0, len(body), max(1, len(body) // 10)):
                 self.wfile.write(body[start : start + max(1, len(body) // 10)])
                 self.wfile.flush()
-                time.sleep(0.05)
+                sleep(0.05)
         else:
             self.wfile.write(body)
 

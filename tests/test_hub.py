@@ -6,7 +6,6 @@ import random
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -164,7 +163,7 @@ def version_up(folder):
     safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     data = (folder / WEIGHTS).read_bytes()
     results = json.loads((folder / "results.json").read_text())
-    results |= {"version": 2, "bytes": len(data), "sha256": {WEIGHTS: sha256(data)}}
+    results |= {"version": 2, "bytes": len(data), "sha256": results["sha256"] | {WEIGHTS: sha256(data)}}
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "README.md").write_text(cards.card(folder))
 
@@ -185,8 +184,32 @@ def test_a_rejected_commit_is_told_and_leaves_the_repository_as_it_was(folder, p
     assert len(hub.repos[REPO].commits) == 1
 
 
+def test_a_new_card_reaches_the_branch_and_leaves_the_version(folder, published, hub, command):
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**results, "baselines": []}))
+    (folder / "README.md").write_text(cards.card(folder))
+    hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]["pytorch_model.bin"] = b"somebody's pickle"
+    assert command(publish.main, folder, "--repo-id", REPO).code == 0
+    repo = hub.repos[REPO]
+    assert set(repo.commits[repo.branches["main"]]) == set(publish.FILES)
+    assert repo.commits[repo.tags["v1"]][WEIGHTS] == published[WEIGHTS] and set(repo.tags) == {"v1"}
+    assert f"hf-hub:{REPO}" in repo.commits[repo.branches["main"]]["README.md"].decode()
+
+
+def test_a_second_branch_gets_the_files_too(folder, hub, command):
+    for more in (["--revision", "next"], []):
+        result = command(publish.main, folder, "--repo-id", REPO, *more)
+        assert result.code == 0 and f"{REPO}{'@next' if more else ''}'" in result.out
+    repo = hub.repos[REPO]
+    assert repo.commits[repo.branches["main"]] == repo.commits[repo.branches["next"]] != {}
+
+
+def test_private_is_not_granted_to_a_public_repository(folder, published, hub, command):
+    assert "is public" in one_line(command(publish.main, folder, "--repo-id", REPO, "--private"))
+
+
 def test_a_version_is_never_changed(folder, published, hub, command):
-    hub.repos[REPO].commits[hub.repos[REPO].tags["v1"]]["metrics.csv"] = b"others"
+    hub.repos[REPO].commits[hub.repos[REPO].tags["v1"]]["config.json"] = b"others"
     assert "does not change" in one_line(command(publish.main, folder, "--repo-id", REPO))
 
 
@@ -218,7 +241,16 @@ def test_publish_refuses_what_is_no_whole_release(folder, hub, command):
     card.write_text(text)
     weights = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    refused("does not belong to the weights")
+    refused("does not belong to model.safetensors")
+    (folder / WEIGHTS).write_bytes(weights)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("risotto_resnet20", "risotto_resnet32"))
+    refused("does not belong to config.json")
+    (folder / "config.json").write_text(config)
+    facts = json.loads(results.read_text())
+    for change in ({"version": "1 2"}, {"sha256": "x"}, {"bytes": -1}, {"evaluation": []}):
+        results.write_text(json.dumps({**facts, **change}))
+        refused("results.json" if "bytes" not in change else "does not belong to model.safetensors")
     results.write_text("{")
     refused("results.json")
     results.unlink()
@@ -229,12 +261,19 @@ def test_publish_refuses_what_is_no_whole_release(folder, hub, command):
 # --- loading through faults
 
 
-@pytest.mark.parametrize("step", ["HEAD .*/resolve/", "GET .*/resolve/", "GET /cdn/"])
-@pytest.mark.parametrize("kind", [429, 500, "drop", "truncate", "flip", "slow"])
+BODY_FAULTS = (429, 500, "drop", "truncate", "flip", "slow")
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [("HEAD .*/resolve/", kind) for kind in BODY_FAULTS[:3]]
+    + [(step, kind) for step in ("GET .*/resolve/", "GET /cdn/") for kind in BODY_FAULTS],
+)
 def test_loading_survives_a_fault_that_passes(step, kind, published, hub, command, folder):
     hub.fail(step, kind)
     result = command(cli, "predict", folder / "curves.png", "--model", f"hf-hub:{REPO}")
     assert result.code == 0 and "%" in result.out, result
+    assert hub.faults[0].times == 0
 
 
 @pytest.mark.parametrize("step", ["HEAD .*/resolve/.*/config", "HEAD .*/resolve/.*safetensors", "GET /cdn/"])
@@ -319,31 +358,41 @@ def test_a_release_that_is_on_the_hub_alone(folder, hub, monkeypatch):
         timm.create_model("risotto_resnet20", **args)
 
 
-def test_without_a_network_it_says_so_soon(folder, hub, monkeypatch):
-    args, name = hub_only(monkeypatch, folder, hub)
-    monkeypatch.undo()  # sleeps are sleeps again
-    monkeypatch.setitem(fetching.MANIFEST, name, {"revision": "v1", "bytes": 1, "sha256": "0" * 64})
+@pytest.mark.parametrize("name", ["risotto_resnet20.elsewhere", "hf-hub:somebody/else", "resnet18"])
+def test_without_a_network_it_says_so_soon(name, tmp_path):
+    """In a new process whose Hub takes connections and never answers."""
+    script = (
+        "import sys, time, warnings; warnings.simplefilter('ignore')\n"
+        "import risotto_zoo\nfrom risotto_zoo import errors, hub\n"
+        "hub.MANIFEST['risotto_resnet20.elsewhere'] = {'revision': 'v1', 'bytes': 1, 'sha256': '0' * 64}\n"
+        "start = time.monotonic()\n"
+        "try:\n"
+        "    hub.release_weights(sys.argv[1]) if 'elsewhere' in sys.argv[1] else risotto_zoo.load(sys.argv[1])\n"
+        "except errors.UserError as error:\n"
+        "    print(time.monotonic() - start, error)\n"
+    )
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(fetching.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/never"
-        monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *_, **__: url)
-        start = time.monotonic()
-        with pytest.raises(UserError, match=r"cannot be reached.*hf download"):
-            timm.create_model("risotto_resnet20", **args)
-    assert time.monotonic() - start < 10
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", script, name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    seconds, _, message = done.stdout.partition(" ")
+    assert float(seconds) < 10, done.stderr
+    assert "cannot be reached" in message and "hf download" in message
 
 
 def test_offline_mode_takes_what_is_cached_and_names_what_is_not(published, hub, monkeypatch):
     good = logits(risotto_zoo.load(f"hf-hub:{REPO}").model)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    huggingface_hub.close_session()
+    close = getattr(huggingface_hub, "close_session", lambda: None)  # not in older clients
+    close()
     try:
         assert torch.equal(logits(risotto_zoo.load(f"hf-hub:{REPO}").model), good)
         with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
             risotto_zoo.load("hf-hub:somebody/else")
     finally:
         monkeypatch.undo()
-        huggingface_hub.close_session()
+        close()
 
 
 # --- weights that are not what they should be
@@ -390,6 +439,49 @@ def test_another_architecture_and_a_truncated_file(folder):
         timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
+def test_a_cfg_that_names_other_weights_gets_those_or_none(folder, published, hub):
+    overlay = {"hf_hub_id": REPO, "file": None, "num_classes": 10, "input_size": (1, 8, 8)}
+    model = timm.create_model("risotto_resnet20", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.fc.weight, safetensors.torch.load_file(folder / WEIGHTS)["fc.weight"])
+    with pytest.raises(UserError, match="URL"):
+        timm.create_model("risotto_resnet32", pretrained=True, pretrained_cfg_overlay={"url": "http://x/y.safetensors"})
+    given = {"state_dict": safetensors.torch.load_file(folder / WEIGHTS)}
+    model = timm.create_model("risotto_resnet20", pretrained_cfg_overlay=given, seed=0)
+    assert torch.equal(model.conv1.weight, timm.create_model("risotto_resnet20", seed=0).conv1.weight)
+
+
+def test_no_pickle_of_another_architecture_either(hub, tmp_path):
+    config = json.dumps({"architecture": "resnet10t", "num_classes": 3, "pretrained_cfg": {"num_classes": 3}}).encode()
+    hub.put("evil/pickle", {"config.json": config, "pytorch_model.bin": b"\x80\x04K\x01."})
+    with pytest.raises(UserError, match="only safetensors"):
+        risotto_zoo.load("hf-hub:evil/pickle")
+    assert not any("pytorch_model.bin" in request for request in hub.requests)
+    (tmp_path / "config.json").write_bytes(config)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(UserError, match="other formats"):
+        risotto_zoo.load(f"local-dir:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"interpolation": "magic"}, {"crop_pct": "x"}, {"label_names": ["one"]}, {"first_conv": None}, {"std": [0]}],
+)
+def test_a_config_that_does_not_fit_is_one_line(change, folder, command):
+    config = json.loads((folder / "config.json").read_text())
+    (config if "label_names" in change else config["pretrained_cfg"]).update(change)
+    (folder / "config.json").write_text(json.dumps(config))
+    one_line(command(cli, "predict", folder / "curves.png", "--model", f"local-dir:{folder}"))
+    (folder / "config.json").write_text("{")
+    assert "not valid JSON" in one_line(command(cli, "predict", "x.png", "--model", f"local-dir:{folder}"))
+
+
+@pytest.mark.parametrize("sums", ["{}", "[]", '{"sha256": {}}', '{"sha256": {"model.safetensors": null}}', "{"])
+def test_results_that_do_not_give_the_hash_are_told(sums, folder):
+    (folder / "results.json").write_text(sums)
+    with pytest.raises(UserError, match="cannot be verified"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
 def test_half_precision_files_load_as_float32(folder):
     state = {key: value.half() for key, value in safetensors.torch.load_file(folder / WEIGHTS).items()}
     safetensors.torch.save_file(state, folder / WEIGHTS)
@@ -421,6 +513,40 @@ def test_a_release_holds_what_its_repository_will(released, run):
     assert card.data.library_name == "timm" and card.data.pipeline_tag == "image-classification"
     top1 = json.loads((run / "results.json").read_text())["raw"]["top1"]
     assert card.data.eval_results[0].metric_value == pytest.approx(100 * top1, abs=1e-3)
+
+
+def test_a_release_replaces_nothing_but_a_release(run, tmp_path, command):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("more work")
+    for target in (mine, tmp_path / "file", run):
+        result = command(release.main, run, "--tag", "digits", "--output", target)
+        assert "something else than a release" in one_line(result)
+    assert (mine / "thesis.txt").read_text() == "years of work" and (run / "metrics.csv").is_file()
+    (mine / "thesis.txt").unlink()
+    assert command(release.main, run, "--tag", "digits", "--output", mine).code == 0
+    mine.rename(tmp_path / ".mine.old")  # as if it had been interrupted between two renames
+    assert command(release.main, run, "--tag", "digits", "--output", mine).code == 0
+    assert json.loads((mine / "results.json").read_text())["version"] == 1
+
+
+def test_baselines_must_have_had_the_same_data_and_budget(run, tmp_path, command):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in run.glob("*.*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    results = json.loads((other / "results.json").read_text())
+    (other / "results.json").write_text(json.dumps({**results, "epochs": 300}))
+    args = [run, "--tag", "digits", "--output", tmp_path / "out", "--baseline", other]
+    assert "its epochs is 300, not 1" in one_line(command(release.main, *args))
+
+
+def test_where_weights_go_and_what_a_full_budget_means(monkeypatch):
+    assert release._location("a.b", 1000) == "package"
+    assert release._location("a.b", release.PACKAGE_BYTES + 1) == "repository"
+    monkeypatch.setattr(release, "REPOSITORY_BYTES", 1000)
+    assert release._location("a.b", 500) == "hub"
 
 
 def test_releasing_again_counts_the_version_only_for_new_weights(run, tmp_path):

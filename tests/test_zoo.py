@@ -26,6 +26,7 @@ def toy(tmp_path, monkeypatch):
     """A zoo of one row and its twin in a repository of its own."""
     root = tmp_path / "repository"
     (root / "risotto_zoo").mkdir(parents=True)
+    subprocess.run(["git", "init", "-q", root], check=True)
     (root / "README.md").write_text("# Zoo\n<!-- results -->\n<!-- /results -->\n")
     for module in (cards, release):
         monkeypatch.setattr(module, "CARDS", root / "model_cards")

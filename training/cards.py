@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from risotto_zoo.checkpoints import WEIGHTS
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import sha256, write_atomically
-from risotto_zoo.hub import PACKAGE, repository
+from risotto_zoo.hub import DEFAULT_ORGANIZATION, PACKAGE
 
 from .recipe import Recipe, load_recipe
 
@@ -97,12 +97,18 @@ def results_table() -> str:
     return "\n".join(rows)
 
 
-def card(folder: Path) -> str:
-    """README.md of a release folder, which is its card on the Hub."""
+def card(folder: Path, repo_id: str | None = None) -> str:
+    """README.md of a release folder, which is its card on the Hub.
+
+    Args:
+        folder: Of a release.
+        repo_id: The repository it says to load from; the zoo's own if None.
+    """
     result, config = read_json(folder / "results.json"), read_json(folder / "config.json")
     recipe = load_recipe(str(folder / "recipe.yaml"))
     name = result["name"]
     model, _, tag = name.partition(".")
+    repo_id = repo_id or f"{DEFAULT_ORGANIZATION}/{name}"
     data = DATASETS.get(tag, {"title": tag, "hub": None, "caveat": f"The folder that the recipe names {tag}."})
     parts = [
         f"---\n{_metadata(name, result, data).to_yaml()}\n---",
@@ -112,10 +118,10 @@ def card(folder: Path) -> str:
         _results(result),
         _data(data),
         "## Use",
-        _use(name, config, result),
+        _use(repo_id, config, result),
         "## Fine-tune",
         "```bash\npython -m training.train --recipe finetune "
-        f"--init-from hf-hub:{repository(name)} --set data.source=FOLDER\n```",
+        f"--init-from hf-hub:{repo_id} --set data.source=FOLDER\n```",
         *([_finetunes(result)] if result["finetunes"] else []),
         "## Reproduce",
         _reproduce(result, recipe),
@@ -129,7 +135,10 @@ def card(folder: Path) -> str:
 def pages() -> dict[Path, str]:
     """Every generated file, as it should be."""
     readme = ROOT / "README.md"
+    absent = [f"{name}/{WEIGHTS}" for name, result in releases().items() if result["location"] == "hub"]
+    ignored = "".join(f"{line}\n" for line in ["# weights that are on the Hub alone", *absent])
     return {
+        **({CARDS / ".gitignore": ignored} if absent else {}),
         **{folder / "README.md": card(folder) for folder in _folders()},
         PACKAGE / "manifest.json": manifest(),
         readme: between(readme.read_text(encoding="utf-8"), "results", results_table()),
@@ -210,13 +219,11 @@ def _metadata(name: str, result: dict[str, Any], data: dict[str, Any]) -> ModelC
 
 def _what(model: str, result: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> str:
     side = config["pretrained_cfg"]["input_size"]
-    kind = (
-        "with batch normalization, initialized by RISOTTO"
-        if model.endswith("_bn")
-        else "without any normalization, initialized by RISOTTO"
-    )
+    kind = "with batch normalization" if model.endswith("_bn") else "without any normalization"
+    paper = "initialized by RISOTTO ([arXiv 2210.02411](https://arxiv.org/abs/2210.02411))"
+    start = paper if result["init"] == "risotto" else f"initialized by the scheme '{result['init']}' of risotto-zoo"
     return (
-        f"A ResNet {kind} ([arXiv 2210.02411](https://arxiv.org/abs/2210.02411)) and trained on {data['title']}: "
+        f"A ResNet {kind}, {start}, trained on {data['title']}: "
         f"{config['num_classes']} classes, {side[0]} x {side[1]} x {side[2]} inputs, "
         f"{result['parameters'] / 1e6:.2f} M parameters, {result['dtype']}. The Python package risotto-zoo registers "
         "the architecture with timm."
@@ -234,9 +241,10 @@ def _results(result: dict[str, Any]) -> str:
             f"| {name} | {_score(row)} | {_percent(score['top5'])} | {score['loss']:.4f} "
             f"| {row['epochs']}, {row['seed']} | {duration(row['train_seconds'])} on {row['hardware']} |"
         )
-    images = result["evaluation"]["images"]
+    images, averaged = result["evaluation"]["images"], "averaged" in result
     beside = " The other rows were trained on the same files by the same recipe, but for model and learning rate."
-    note = f"On {images:,} test images, evaluated once, in float32."
+    note = f"On {images:,} test images, in float32, after the last epoch; nothing was chosen by them"
+    note += f", but that of raw and averaged weights the {result['weights']} ones were kept." if averaged else "."
     if result["baselines"]:
         note += beside
     return "\n".join(rows) + f"\n\n{note}\n\n![Learning curves](curves.png)"
@@ -246,9 +254,9 @@ def _data(data: dict[str, Any]) -> str:
     return f"**Data.** {data['caveat']}"
 
 
-def _use(name: str, config: dict[str, Any], result: dict[str, Any]) -> str:
-    repo = f"hf-hub:{repository(name)}"
-    by_name = f'model = timm.create_model("{name}", pretrained=True).eval()\n' if result["in_zoo"] else ""
+def _use(repo_id: str, config: dict[str, Any], result: dict[str, Any]) -> str:
+    repo = f"hf-hub:{repo_id}"
+    by_name = f'model = timm.create_model("{result["name"]}", pretrained=True).eval()\n' if result["in_zoo"] else ""
     text = f"""```python
 import timm
 import risotto_zoo  # registers the architecture
@@ -270,7 +278,7 @@ The weights fit timm's own {plain}, without risotto-zoo:
 ```python
 from huggingface_hub import hf_hub_download
 
-weights = hf_hub_download("{repository(name)}", "{WEIGHTS}")
+weights = hf_hub_download("{repo_id}", "{WEIGHTS}")
 model = timm.create_model("{plain}", num_classes={config["num_classes"]}, checkpoint_path=weights)
 ```"""
     return text

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, snapshot_download
-from huggingface_hub.errors import RevisionNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, snapshot_download
+from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from risotto_zoo.checkpoints import WEIGHTS, read_tensors, read_verified
+from risotto_zoo.checkpoints import WEIGHTS, read_verified
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import git_sha1, sha256
 from risotto_zoo.hub import explained, patiently
+from risotto_zoo.loading import load
 from risotto_zoo.models import create_model
 
 from .cards import LICENSE, card, read_json
 from .console import say
+from .release import COPIED
 
 FILES = ("README.md", "config.json", WEIGHTS, "results.json", "recipe.yaml", "metrics.csv", "curves.png")
 OPTIONAL = ("finetune.png",)
@@ -45,13 +47,19 @@ def check(folder: Path) -> dict[str, Any]:
             f"{folder} is no release: it lacks {', '.join(missing)}; make one with python -m training.release"
         )
     results = read_json(folder / "results.json")
-    if not isinstance(results, dict) or not {"name", "version", "bytes", "sha256", "evaluation"} <= results.keys():
-        raise UserError(f"{folder / 'results.json'} is not that of a release; make one with python -m training.release")
     try:
-        data = read_verified(folder / WEIGHTS, results["sha256"].get(WEIGHTS, ""), results["bytes"])
-    except UserError as error:
-        raise UserError(f"{folder}: results.json does not belong to the weights. {error}") from None
-    read_tensors(data, str(folder / WEIGHTS))
+        sums = {name: str(results["sha256"][name]) for name in (*COPIED, WEIGHTS)}
+        facts = str(results["name"]), int(results["version"]), results["bytes"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{folder / 'results.json'} is not that of a release; python -m training.release makes one"
+        ) from None
+    for name, digest in sums.items():
+        try:
+            read_verified(folder / name, digest, facts[2] if name == WEIGHTS else None)
+        except UserError as error:
+            raise UserError(f"{folder}: results.json does not belong to {name}. {error}") from None
+    load(f"local-dir:{folder}")  # weights, architecture, preprocessing and labels fit each other
     _check_card(folder)
     return results
 
@@ -68,7 +76,11 @@ def _check_card(folder: Path) -> None:
             raise UserError(
                 f"{path}: the card's {key} is {metadata.get(key)!r}, not {value!r}; run python -m training.cards"
             )
-    if path.read_text(encoding="utf-8") != card(folder):
+    try:
+        fresh = card(folder)
+    except (KeyError, TypeError):
+        raise UserError(f"{path.parent / 'results.json'} lacks what the card tells; release the run again") from None
+    if path.read_text(encoding="utf-8") != fresh:
         raise UserError(f"{path} does not say what results.json does; run python -m training.cards or release again")
 
 
@@ -86,59 +98,90 @@ def publish(folder: Path, repo_id: str, private: bool = False, revision: str | N
             already with other files, or what comes back is not what was sent.
     """
     results = check(folder)
+    check_name(repo_id)
     tag = f"v{results['version']}"
     local = {name: (folder / name).read_bytes() for name in present(folder)}
+    local["README.md"] = card(folder, repo_id).encode()
+    api = HfApi()
     try:
-        validate_repo_id(repo_id)
-        api = HfApi()
         patiently(lambda: api.create_repo(repo_id, private=private, exist_ok=True))
+        info = patiently(lambda: api.model_info(repo_id))
+        if private and not info.private:
+            raise UserError(
+                f"{repo_id} exists and is public; make it private on its settings page, or leave --private out"
+            )
         if revision is not None:
             patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        commit = _tagged(api, repo_id, tag, local)
-        if commit is None:
-            say(f"uploading {sum(map(len, local.values())) / 1e6:.1f} MB to {repo_id}")
-            upload = lambda: api.upload_folder(  # noqa: E731
-                repo_id=repo_id,
-                folder_path=folder,
-                allow_patterns=list(local),
-                revision=revision,
-                commit_message=f"{results['name']} {tag}",
-            )
-            commit = patiently(upload).oid
+        tagged = _tagged(api, repo_id, tag, local)
+        commit = _committed(api, repo_id, revision, f"{results['name']} {tag}", local)
+        if not tagged:
             patiently(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
-        else:
-            say(f"{repo_id} holds {tag} already, with the same files")
-        _verify(repo_id, tag, local)
+        _verify(repo_id, commit, local)
     except Exception as error:
         raise explained(error, repo_id, repo_id) from None
     return commit
 
 
-def _tagged(api: HfApi, repo_id: str, tag: str, local: dict[str, bytes]) -> str | None:
-    """The commit of a version that is published with these very files; None if the version is not there."""
+def check_name(repo_id: str) -> None:
+    """Refuse what can be no repository's name."""
     try:
-        info = patiently(lambda: api.model_info(repo_id, revision=tag, files_metadata=True))
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}") from None
+    if "/" not in repo_id:
+        raise UserError(f"{repo_id!r} is no repository name: write it as ORG/NAME")
+
+
+def _tagged(api: HfApi, repo_id: str, tag: str, local: dict[str, bytes]) -> bool:
+    """Whether the version is published, with this very model.
+
+    Raises:
+        UserError: If it is, with another one. Card, log and figures of a version may change, its model may not.
+    """
+    try:
+        there = _files(api, repo_id, tag)
     except RevisionNotFoundError:
-        return None
-    there = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or []}
-    for name, data in local.items():
-        if there.get(name) not in (sha256(data), git_sha1(data)):
+        return False
+    for name in ("config.json", WEIGHTS):
+        if there.get(name) not in (sha256(local[name]), git_sha1(local[name])):
             raise UserError(
-                f"{repo_id} holds {tag} already, with another {name}. A published version does not change: release the "
-                "new run in model_cards, which counts its version up, or publish under another name"
+                f"{repo_id} holds {tag} already, with another {name}. The model of a version does not change: release "
+                "the new run in model_cards, which counts its version up, or publish under another name"
             )
-    return info.sha
+    return True
 
 
-def _verify(repo_id: str, tag: str, local: dict[str, bytes]) -> None:
-    """Download the version into an empty cache, compare every file, and the logits of the two models."""
+def _files(api: HfApi, repo_id: str, revision: str) -> dict[str, str]:
+    """The hash of every file of a revision, by which the Hub names it."""
+    info = patiently(lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
+    return {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or []}
+
+
+def _committed(api: HfApi, repo_id: str, revision: str | None, message: str, local: dict[str, bytes]) -> str:
+    """The commit of the branch that holds these files and no others, made if it is not there."""
+    branch = revision or "main"
+    there = _files(api, repo_id, branch)
+    surplus = sorted(there.keys() - local.keys() - {".gitattributes"})
+    new = [name for name, data in local.items() if there.get(name) not in (sha256(data), git_sha1(data))]
+    if not new and not surplus:
+        say(f"{repo_id} holds these files already")
+        return patiently(lambda: api.model_info(repo_id, revision=branch)).sha
+    say(f"uploading {sum(len(local[name]) for name in new) / 1e6:.1f} MB to {repo_id}")
+    operations = [CommitOperationAdd(name, local[name]) for name in new]
+    operations += [CommitOperationDelete(name) for name in surplus]
+    make = lambda: api.create_commit(repo_id, operations, commit_message=message, revision=revision)  # noqa: E731
+    return patiently(make).oid
+
+
+def _verify(repo_id: str, commit: str, local: dict[str, bytes]) -> None:
+    """Download the commit into an empty cache, compare every file, and the logits of the two models."""
     with tempfile.TemporaryDirectory() as cache:
-        fetch = lambda: snapshot_download(repo_id, revision=tag, cache_dir=cache)  # noqa: E731
+        fetch = lambda: snapshot_download(repo_id, revision=commit, cache_dir=cache)  # noqa: E731
         snapshot = Path(patiently(fetch))
         for name, data in local.items():
             path = snapshot / name
             if not path.is_file() or sha256(path.read_bytes()) != sha256(data):
-                raise UserError(f"{repo_id}@{tag}: {name} came back from the Hub changed; run the same again")
+                raise UserError(f"{repo_id}@{commit[:12]}: {name} came back from the Hub changed; run the same again")
         with tempfile.TemporaryDirectory() as sent:
             for name in ("config.json", WEIGHTS):
                 (Path(sent) / name).write_bytes(local[name])
@@ -147,7 +190,7 @@ def _verify(repo_id: str, tag: str, local: dict[str, bytes]) -> None:
     images = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         if not torch.equal(ours(images), theirs(images)):
-            raise UserError(f"{repo_id}@{tag}: the published model computes something else than the local one")
+            raise UserError(f"{repo_id}@{commit[:12]}: the published model computes something else than the local one")
 
 
 @exits_cleanly
@@ -165,6 +208,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check the folder and say what would be done")
     args = parser.parse_args()
     if args.dry_run:
+        check_name(args.repo_id)
         results = check(args.folder)
         for name in present(args.folder):
             print(f"{name:20} {(args.folder / name).stat().st_size:>12,} bytes")
@@ -172,7 +216,10 @@ def main() -> None:
         return
     commit = publish(args.folder, args.repo_id, args.private, args.revision)
     print(f"{args.repo_id} at {commit[:12]}: every file verified, logits equal")
-    print(f"load      timm.create_model('hf-hub:{args.repo_id}', pretrained=True)  # after import timm, risotto_zoo")
+    at = f"@{args.revision}" if args.revision else ""
+    print(
+        f"load      timm.create_model('hf-hub:{args.repo_id}{at}', pretrained=True)  # after import timm, risotto_zoo"
+    )
 
 
 if __name__ == "__main__":

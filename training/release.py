@@ -22,7 +22,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor
 
-from risotto_zoo.checkpoints import WEIGHTS, read_tensors, read_verified
+from risotto_zoo.checkpoints import WEIGHTS, check_state, read_tensors, read_verified
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.evaluation import evaluate
 from risotto_zoo.files import sha256, write_atomically
@@ -72,30 +72,34 @@ def release(
     results, state = _finished(run)
     config = read_json(run / "config.json")
     recipe = load_recipe(str(run / "recipe.yaml"))
-    _check_plain(config, run)
+    _check_plain(config, state, run)
     name = f"{config['architecture']}.{tag}"
     better = results.pop("better", "raw")
-    results.pop("ema" if better == "raw" else "raw", None)
+    other = results.pop("ema" if better == "raw" else "raw", None)
     score = results.pop(better)
     if half:
         state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
         score = _evaluated(run, recipe, state, device)
     data = safetensors.torch.save(state, metadata={"format": "pt"})
-    folder = output or CARDS / name
+    folder = (output or CARDS / name).resolve()
+    before = _release_before(folder, name)
     location = "hub" if output else _location(name, len(data))
-    before = read_json(folder / "results.json") if (folder / "results.json").is_file() else {"version": 0, "sha256": {}}
-    changed = before["sha256"].get(WEIGHTS) != sha256(data)
+    sums = {key: sha256((run / key).read_bytes()) for key in COPIED} | {WEIGHTS: sha256(data)}
+    model_files = ("config.json", WEIGHTS)
+    changed = any(before["sha256"].get(key) != sums[key] for key in model_files)
     results |= {
         "name": name,
         "version": before["version"] + changed,
         "weights": better,
+        **({"averaged": True} if other is not None else {}),
         "dtype": "float16" if half else "float32",
         "location": location,
         "in_zoo": output is None,
         "bytes": len(data),
-        "sha256": {WEIGHTS: sha256(data)},
+        "sha256": sums,
         "evaluation": score,
-        "baselines": [_baseline(path) for path in baselines],
+        "init": config["model_args"].get("init", "risotto"),
+        "baselines": [_baseline(path, results) for path in baselines],
         "isometry": _isometry(config, recipe),
         "finetunes": before.get("finetunes", []) if finetunes is None else [_finetune(*pair) for pair in finetunes],
     }
@@ -115,7 +119,28 @@ def _finished(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return results, read_tensors(data, str(run / name))
 
 
-def _check_plain(config: dict[str, Any], run: Path) -> None:
+def _release_before(folder: Path, name: str) -> dict[str, Any]:
+    """The results of the release that `folder` holds; what stands for none.
+
+    Raises:
+        UserError: If it holds anything else, which is not ours to replace.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():  # a release was interrupted between two renames
+        old.rename(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return {"version": 0, "sha256": {}}
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        if results["name"] == name and isinstance(results["version"], int) and isinstance(results["sha256"], dict):
+            return results
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{folder} holds something else than a release of {name}; name another folder with --output")
+
+
+def _check_plain(config: dict[str, Any], state: dict[str, Tensor], run: Path) -> None:
+    """The weights are those of a net that `timm.create_model` makes from its name alone."""
     name = config["architecture"]
     if not name.startswith("risotto_") or not timm.is_model(name):
         raise UserError(f"{run}: {name} is not a model of this zoo")
@@ -125,6 +150,9 @@ def _check_plain(config: dict[str, Any], run: Path) -> None:
             f"{run} changed {', '.join(structural)} of {name} in model_args: a release must load by its name alone; "
             "register the variant under a name of its own first"
         )
+    channels = config["pretrained_cfg"]["input_size"][0]
+    model = create_model(name, num_classes=config["num_classes"], in_chans=channels, init=None)
+    check_state(state, model, {**config["pretrained_cfg"], "architecture": name, "num_classes": config["num_classes"]})
 
 
 def _evaluated(run: Path, recipe: Recipe, state: dict[str, Tensor], device: str | None) -> dict[str, Any]:
@@ -136,8 +164,12 @@ def _evaluated(run: Path, recipe: Recipe, state: dict[str, Tensor], device: str 
     return asdict(evaluate(model, validation_batches(validation_set(recipe.data, view), view, world)))
 
 
-def _baseline(run: Path) -> dict[str, Any]:
+def _baseline(run: Path, ours: dict[str, Any]) -> dict[str, Any]:
+    """The results of another run, refused if its data or budget was another."""
     results, _ = _finished(run)
+    for key in ("data", "train_images", "epochs"):
+        if results[key] != ours[key]:
+            raise UserError(f"baseline {run}: its {key} is {results[key]}, not {ours[key]}: the two cannot be compared")
     kept = ("model", "epochs", "seed", "train_seconds", "hardware", "parameters")
     score = results[results.get("better", "raw")]
     return {**{key: results[key] for key in kept}, "evaluation": score}
@@ -152,7 +184,11 @@ def _finetune(tuned: Path, scratch: Path) -> dict[str, Any]:
         if (side == "tuned") != (recipe.init_from is not None):
             raise UserError(f"{run}: name the run that was fine-tuned first, then the one from scratch")
         rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
-        sides[side] = {**_baseline(run), "by_epoch": [float(row["val_top1"]) for row in rows], "data": results["data"]}
+        sides[side] = {
+            **_baseline(run, results),
+            "by_epoch": [float(row["val_top1"]) for row in rows],
+            "data": results["data"],
+        }
         sides[side] |= {"train_images": results["train_images"], "size": recipe.data.image_size}
     if any(sides["tuned"][key] != sides["scratch"][key] for key in ("data", "train_images", "epochs", "size")):
         raise UserError(f"{tuned} and {scratch} had different data or budgets")
@@ -160,8 +196,9 @@ def _finetune(tuned: Path, scratch: Path) -> dict[str, Any]:
 
 
 def _isometry(config: dict[str, Any], recipe: Recipe) -> dict[str, Any] | None:
-    """Singular values of the signal Jacobian of the net as the run began it; None with batch normalization."""
-    if config["architecture"].endswith("_bn") or recipe.init_from is not None:
+    """Singular values of the signal Jacobian as the run began it; None with batch norm or another start."""
+    others = config["model_args"].get("init", "risotto") != "risotto"
+    if config["architecture"].endswith("_bn") or others or recipe.init_from is not None:
         return None
     size = config["pretrained_cfg"]["input_size"]
     args = {"num_classes": config["num_classes"], "in_chans": size[0], "seed": recipe.seed, **config["model_args"]}
@@ -172,19 +209,30 @@ def _isometry(config: dict[str, Any], recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _location(name: str, size: int) -> str:
-    if size <= PACKAGE_BYTES:
-        return "package"
+    """Where weights of this size go: all files that git has or would take must stay within the budget."""
     root = CARDS.parent
-    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True)
-    files = [root / line for line in listed.stdout.split("\0") if line and Path(line).parent.name != name]
-    tracked = sum(file.lstat().st_size for file in files if file.exists())
-    return "repository" if tracked + size <= REPOSITORY_BYTES else "hub"
+    try:
+        listed = subprocess.run(
+            ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError(f"{root} is no git checkout, so the size of the zoo is not known; use --output") from None
+    files = [root / line for line in listed.stdout.split("\0") if line]
+    ours = {f"{name}.safetensors", name}
+    others = [file for file in files if not ours & {file.name, file.parent.name}]
+    if sum(file.lstat().st_size for file in others if os.path.lexists(file)) + size > REPOSITORY_BYTES:
+        return "hub"
+    return "package" if size <= PACKAGE_BYTES else "repository"
 
 
 def _replace_folder(folder: Path, run: Path, results: dict[str, Any], data: bytes) -> None:
     """Build the folder beside its place and swap, so that the old release is there, whole, until the new one is."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    package_file = PACKAGE / "weights" / f"{folder.name}.safetensors"
+    package_file = PACKAGE / "weights" / f"{results['name']}.safetensors"
+    staged = package_file.with_name(f".{package_file.name}.new")
     try:
         for rest in (new, old):
             shutil.rmtree(rest, ignore_errors=True)
@@ -192,22 +240,29 @@ def _replace_folder(folder: Path, run: Path, results: dict[str, Any], data: byte
         for name in COPIED:
             shutil.copyfile(run / name, new / name)
         write_atomically(new / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-        if results["location"] == "package":
-            package_file.parent.mkdir(exist_ok=True)
-            write_atomically(package_file, data)
-            (new / WEIGHTS).symlink_to(os.path.relpath(package_file, folder))
-        else:
-            write_atomically(new / WEIGHTS, data)
         if results["finetunes"]:
             write_atomically(new / "finetune.png", finetune_figure(results["finetunes"]))
         write_atomically(new / "README.md", card(new).encode())
+        if results["location"] == "package":
+            package_file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(staged, data)
+            (new / WEIGHTS).symlink_to(os.path.relpath(package_file, folder))
+        else:
+            write_atomically(new / WEIGHTS, data)
+        # From here on nothing is written any more, only renamed.
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
+        if results["location"] == "package":
+            staged.replace(package_file)
+        elif results["in_zoo"]:
+            package_file.unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        staged.unlink(missing_ok=True)
 
 
 @exits_cleanly

@@ -1,11 +1,13 @@
 """The networks of the zoo; importing this package registers them with timm."""
 
+from pathlib import Path
 from typing import Any
 
 import timm
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
+from risotto_zoo.checkpoints import WEIGHTS, check_config, folder_weights
 from risotto_zoo.errors import UserError, did_you_mean
 from risotto_zoo.hub import fetch
 
@@ -28,9 +30,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         raise UserError(str(error) or f"model name {name!r} has an unknown source") from None
     if source is None and not timm.is_model(architecture.split(".")[0]):
         raise UserError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
-    if source == "hf-hub":  # timm would wait a minute for a network that is not there
-        repo_id, _, revision = architecture.partition("@")
-        fetch(repo_id, "config.json", revision or None)
+    _verify_source(source, architecture, pretrained, kwargs.get("cache_dir"))
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except UserError:
@@ -38,6 +38,22 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     except Exception as error:  # the net, timm, safetensors and the Hub's client each raise their own kinds
         reason = str(error).split("\n")[0].replace("RisottoResNet.__init__() got", "the model got")
         raise UserError(f"model {name}: {reason or type(error).__name__}") from None
+
+
+def _verify_source(source: str | None, place: str, pretrained: bool, cache_dir: str | Path | None) -> None:
+    """Fetch and verify what timm is about to read: it would take pickles, too, and wait long for a missing network."""
+    if source == "hf-hub":
+        repo_id, _, revision = place.partition("@")
+        for filename in ("config.json", WEIGHTS)[: 1 + pretrained]:
+            fetch(repo_id, filename, revision or None, cache_dir)
+    elif source == "local-dir":
+        check_config(Path(place))
+        if pretrained:
+            folder_weights(Path(place))
+    elif pretrained and not place.startswith("risotto_"):
+        cfg = timm.get_pretrained_cfg(place)
+        if cfg is not None and cfg.hf_hub_id:
+            fetch(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir)
 
 
 def saved_arguments(name: str | None) -> dict[str, Any]:

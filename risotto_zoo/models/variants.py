@@ -97,16 +97,21 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 
 def _verified_weights(cfg: dict[str, Any], cache_dir: str | Path | None) -> dict[str, Tensor]:
     """The tensors that a pretrained cfg stands for, from wherever it says, hashes checked first."""
-    release = f"{cfg['architecture']}.{cfg.get('tag') or ''}"
     if cfg.get("source") == "local-dir":
         return folder_weights(Path(cfg["file"]))
-    if cfg.get("source") == "hf-hub":
+    name = f"{cfg['architecture']}.{cfg.get('tag') or ''}"
+    ours = _release_cfg(name, MANIFEST[name]) if name in MANIFEST else {}
+    if cfg.get("file") and cfg["file"] != ours.get("file"):  # the caller's own, by pretrained_cfg_overlay
+        return read_tensors(read_verified(Path(cfg["file"])), cfg["file"])
+    if cfg.get("hf_hub_id") and cfg["hf_hub_id"] != ours.get("hf_hub_id"):
         repo_id, _, revision = cfg["hf_hub_id"].partition("@")
         return hub_weights(repo_id, revision or None, cache_dir)
-    if cfg.get("file") and Path(cfg["file"]) != release_file(release):  # the caller's own, by pretrained_cfg_overlay
-        return read_tensors(read_verified(Path(cfg["file"])), cfg["file"])
-    if release in MANIFEST:
-        return release_weights(release, cache_dir)
+    if cfg.get("url"):
+        raise UserError(
+            f"{cfg['architecture']}: weights from a URL cannot be verified; download them and name the file"
+        )
+    if ours:
+        return release_weights(name, cache_dir)
     released = ", ".join(MANIFEST) or "none yet"
     raise UserError(f"{cfg['architecture']} has no pretrained weights; released are: {released}")
 
@@ -125,7 +130,7 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
         if weights:  # timm copies what stands in a cfg, so this stands for them until `checked` hands them over
             cfg |= {"source": "", "state_dict": {"stands for": "verified weights"}}
         asked = kwargs.get("num_classes", cfg["num_classes"]), kwargs.get("in_chans", cfg["input_size"][0])
-        whole = weights and asked == (cfg["num_classes"], cfg["input_size"][0]) and not kwargs.get("features_only")
+        whole = pretrained and asked == (cfg["num_classes"], cfg["input_size"][0]) and not kwargs.get("features_only")
         blank = {"init": None} if whole else {}  # every weight is about to be overwritten
 
         def checked(_: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
