@@ -146,7 +146,7 @@ def test_a_lasting_fault_is_one_line_and_the_published_stays_whole(step, kind, f
     version_up(folder)
     hub.fail(step, kind, times=None)
     result = command(publish.main, folder, "--repo-id", REPO)
-    if not (result.code == 0 and "create" in step and kind in (401, 403)):  # it exists, so it need not be created
+    if result.code:  # some steps turn out not to be needed: the repository exists, the upload had arrived
         one_line(result)
     hub.faults.clear()
     repo = hub.repos[REPO]
