@@ -24,7 +24,7 @@ class Classifier:
 
     model: nn.Module  # images (B, C, H, W) to logits (B, K), in evaluation mode
     transform: Compose  # a PIL image in mode RGB, or L for a model of one channel, to a tensor (C, H, W)
-    classes: list[str]  # K names
+    classes: list[str]  # K names, those for people where the labels are ids
     channels: int
 
     @torch.no_grad()
@@ -61,7 +61,10 @@ def load(name: str, device: str | torch.device = "cpu", revision: str | None = N
     try:
         data = resolve_data_config(model=model, verbose=False)
         transform = create_transform(**data)
-        labels = [str(label) for label in model.pretrained_cfg.get("label_names") or range(model.num_classes)]
+        told = model.pretrained_cfg.get("label_descriptions") or {}
+        labels = [
+            told.get(label, str(label)) for label in model.pretrained_cfg.get("label_names") or range(model.num_classes)
+        ]
         channels = int(data["input_size"][0])
         transform(Image.new("L" if channels == 1 else "RGB", (8, 8)))
     except Exception as error:  # whatever a configuration from elsewhere may hold

@@ -641,7 +641,22 @@ def test_released_weights_load_with_no_network(name, hub, tmp_path):
     assert name in timm.list_pretrained("risotto_*")
     model = timm.create_model(name, pretrained=True)
     assert model.pretrained_cfg["label_names"] and logits(model).isfinite().all()
-    assert risotto_zoo.load(name).classes == fetching.MANIFEST[name]["config"]["label_names"]
+    config = fetching.MANIFEST[name]["config"]
+    told = config.get("label_descriptions", {})
+    assert risotto_zoo.load(name).classes == [told.get(label, label) for label in config["label_names"]]
     assert not hub.requests
     model = timm.create_model(name, pretrained=True, num_classes=0, in_chans=1)
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, model.num_features)
+
+
+def test_a_release_with_batch_norm_loads_into_plain_timm(hub, tmp_path):
+    """As its card says: the file from the Hub, no code of ours."""
+    ours = timm.create_model("risotto_resnet18_bn", num_classes=3, seed=0).eval()
+    torch.nn.init.uniform_(ours.layer1[0].bn1.running_mean)
+    safetensors.torch.save_file(ours.state_dict(), tmp_path / WEIGHTS)
+    hub.put("somebody/risotto_resnet18_bn.photos", {WEIGHTS: (tmp_path / WEIGHTS).read_bytes()})
+    file = huggingface_hub.hf_hub_download("somebody/risotto_resnet18_bn.photos", WEIGHTS)
+    plain = timm.create_model("resnet18", num_classes=3, checkpoint_path=file).eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(plain(images), ours(images), atol=1e-6)

@@ -37,6 +37,18 @@ DATASETS = {
         "hub": "frgfm/imagenette",
         "caveat": "The 13,394 photos of Imagenette's 2019 split, resized to squares of 224 px and re-encoded as JPEG "
         "at quality 75: the numbers are not comparable with Imagenette's leaderboard, but with the table's other rows.",
+        "labels": {
+            "n01440764": "tench",
+            "n02102040": "English springer",
+            "n02979186": "cassette player",
+            "n03000684": "chain saw",
+            "n03028079": "church",
+            "n03394916": "French horn",
+            "n03417042": "garbage truck",
+            "n03425413": "gas pump",
+            "n03445777": "golf ball",
+            "n03888257": "parachute",
+        },
     },
     "digits": {
         "title": "scikit-learn's scanned digits",

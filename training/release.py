@@ -30,7 +30,7 @@ from risotto_zoo.hub import PACKAGE
 from risotto_zoo.isometry import probed_singular_values, signal_map
 from risotto_zoo.models import create_model
 
-from .cards import CARDS, card, finetune_figure, read_json, write_pages
+from .cards import CARDS, DATASETS, card, finetune_figure, read_json, write_pages
 from .data import View
 from .distributed import World, choose_device
 from .pipelines import validation_batches, validation_set
@@ -84,7 +84,12 @@ def release(
     folder = (output or CARDS / name).resolve()
     before = _release_before(folder, name)
     location = "hub" if output else _location(name, len(data))
-    sums = {key: sha256((run / key).read_bytes()) for key in COPIED} | {WEIGHTS: sha256(data)}
+    if labels := DATASETS.get(tag, {}).get("labels"):
+        config["label_descriptions"] = labels
+    files = {name: (run / name).read_bytes() for name in COPIED}
+    files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    files[WEIGHTS] = data
+    sums = {key: sha256(value) for key, value in files.items()}
     model_files = ("config.json", WEIGHTS)
     changed = any(before["sha256"].get(key) != sums[key] for key in model_files)
     results |= {
@@ -103,7 +108,7 @@ def release(
         "isometry": _isometry(config, recipe),
         "finetunes": before.get("finetunes", []) if finetunes is None else [_finetune(*pair) for pair in finetunes],
     }
-    _replace_folder(folder, run, results, data)
+    _replace_folder(folder, results, files)
     if output is None:
         write_pages()
     return folder
@@ -228,7 +233,7 @@ def _location(name: str, size: int) -> str:
     return "package" if size <= PACKAGE_BYTES else "repository"
 
 
-def _replace_folder(folder: Path, run: Path, results: dict[str, Any], data: bytes) -> None:
+def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, bytes]) -> None:
     """Build the folder beside its place and swap, so that the old release is there, whole, until the new one is."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     package_file = PACKAGE / "weights" / f"{results['name']}.safetensors"
@@ -238,17 +243,17 @@ def _replace_folder(folder: Path, run: Path, results: dict[str, Any], data: byte
             shutil.rmtree(rest, ignore_errors=True)
         new.mkdir(parents=True)
         for name in COPIED:
-            shutil.copyfile(run / name, new / name)
+            write_atomically(new / name, files[name])
         write_atomically(new / "results.json", (json.dumps(results, indent=2) + "\n").encode())
         if results["finetunes"]:
             write_atomically(new / "finetune.png", finetune_figure(results["finetunes"]))
         write_atomically(new / "README.md", card(new).encode())
         if results["location"] == "package":
             package_file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(staged, data)
+            write_atomically(staged, files[WEIGHTS])
             (new / WEIGHTS).symlink_to(os.path.relpath(package_file, folder))
         else:
-            write_atomically(new / WEIGHTS, data)
+            write_atomically(new / WEIGHTS, files[WEIGHTS])
         # From here on nothing is written any more, only renamed.
         if folder.exists():
             folder.rename(old)

@@ -74,6 +74,7 @@ def _release_cfg(name: str, entry: dict[str, Any]) -> dict[str, Any]:
         **_ORIGIN,
         **{key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()},
         "label_names": tuple(config["label_names"]),
+        "label_descriptions": config.get("label_descriptions"),
         "hf_hub_id": f"{repository(name)}@{entry['revision']}",
         **({"file": str(file)} if file is not None else {}),
     }
