@@ -274,7 +274,8 @@ import timm
 import risotto_zoo  # registers the architecture
 
 {by_name}model = timm.create_model("{repo}", pretrained=True).eval()
-classifier = risotto_zoo.load("{repo}")  # with .model, .transform and .classes
+classifier = risotto_zoo.load("{repo}")
+classifier.model, classifier.transform, classifier.classes
 ```
 
 ```bash
