@@ -50,7 +50,9 @@ def model_config(
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in _SOURCE_KEYS}
     architecture = cfg.pop("architecture")
     if tuple(data_config["input_size"]) != tuple(cfg["input_size"]):
-        cfg["pool_size"] = None
+        if cfg.get("pool_size") is not None:
+            reduction = model.feature_info[-1]["reduction"]
+            cfg["pool_size"] = [-(-side // reduction) for side in data_config["input_size"][1:]]
         cfg.pop("test_input_size", None)
     cfg.update(data_config, num_classes=len(classes))
     known = PretrainedCfg.__dataclass_fields__

@@ -543,6 +543,7 @@ def test_baselines_must_have_had_the_same_data_and_budget(run, tmp_path, command
 
 
 def test_where_weights_go_and_what_a_full_budget_means(monkeypatch):
+    monkeypatch.setattr(release, "REPOSITORY_BYTES", 2**40)
     assert release._location("a.b", 1000) == "package"
     assert release._location("a.b", release.PACKAGE_BYTES + 1) == "repository"
     monkeypatch.setattr(release, "REPOSITORY_BYTES", 1000)

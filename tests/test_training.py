@@ -103,7 +103,7 @@ def test_evaluate_gives_the_numbers_of_the_run(finished, command, tmp_path):
     torch.set_num_threads(1)
     result = command(evaluate.main, f"local-dir:{finished}", "--json", tmp_path / "numbers.json", "--device", "cpu")
     assert result.code == 0, result.err
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    (numbers,) = json.loads((tmp_path / "numbers.json").read_text())
     expected = json.loads((finished / "results.json").read_text())["raw"]
     for key in ("images", "top1", "top5", "top1_interval", "top5_interval"):
         assert numbers[key] == expected[key]
