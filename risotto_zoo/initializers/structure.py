@@ -131,7 +131,7 @@ def _skip_conv(name: str, downsample: nn.Module | None) -> nn.Conv2d | None:
 
 
 def _check_conv(name: str, conv: nn.Module, input_pairs: bool = True) -> None:
-    if type(conv) is not nn.Conv2d:
+    if type(conv) is not nn.Conv2d and not getattr(conv, "plain", False):
         raise ValueError(f"{name}: a {type(conv).__name__} stands where a plain convolution is expected")
     if conv.groups != 1:
         raise ValueError(f"{name}: grouped convolution (groups={conv.groups}) cannot hold a looks-linear matrix")

@@ -7,6 +7,26 @@ from timm.models import resnet as timm_resnet
 from torch import Tensor, nn
 
 
+class ScaledConv2d(nn.Conv2d):
+    """A convolution, times a scalar if there is one.
+
+    In training the scalar goes into the kernel, which is small: on the feature map it would cost a pass forward and two
+    backward. In evaluation it stays outside, since for a single image it is the kernel that is large.
+    """
+
+    plain = True  # without a scale it is nn.Conv2d to the letter: initializers may fill it
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if scale is None:
+            return self._conv_forward(x, self.weight, self.bias)
+        if not self.training:
+            return self._conv_forward(x, self.weight, self.bias) * scale
+        bias = self.bias
+        if bias is not None:
+            bias = bias * scale
+        return self._conv_forward(x, self.weight * scale, bias)
+
+
 class _Residual(nn.Module):
     """What both blocks add to timm's.
 
@@ -32,11 +52,14 @@ class _Residual(nn.Module):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(inplanes, planes, stride, downsample, norm_layer=norm_layer, **kwargs, **dd)
+        normalized = norm_layer is not nn.Identity
+        *_, (name, last) = ((n, m) for n, m in self.named_children() if isinstance(m, nn.Conv2d))
+        like = (last.in_channels, last.out_channels, last.kernel_size, 1, last.padding, last.dilation)
+        setattr(self, name, ScaledConv2d(*like, bias=False, **dd))
         convs = [m for m in self.children() if isinstance(m, nn.Conv2d)]
         if projection and self.downsample is None:
             width = convs[-1].out_channels
             self.downsample = timm_resnet.downsample_conv(inplanes, width, 1, stride, norm_layer=norm_layer, **dd)
-        normalized = norm_layer is not nn.Identity
         self.register_parameter("alpha", None if normalized else nn.Parameter(torch.ones((), **dd)))
         self.register_parameter("biases", nn.Parameter(torch.zeros(2 * len(convs), **dd)) if scalar_biases else None)
         if (
@@ -60,8 +83,6 @@ class _Residual(nn.Module):
     def _merge(self, branch: Tensor, x: Tensor) -> Tensor:
         if self.drop_path is not None:
             branch = self.drop_path(branch)
-        if self.alpha is not None:
-            branch = branch * self.alpha
         if self.biases is not None:
             branch = branch + self.biases[-1]
         if self.downsample is not None:
@@ -75,7 +96,7 @@ class BasicBlock(_Residual, timm_resnet.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.act1(self.bn1(self._after(self.conv1(self._before(x, 0)), 0)))
-        branch = self.bn2(self.conv2(self._before(branch, 1)))
+        branch = self.bn2(self.conv2(self._before(branch, 1), self.alpha))
         return self.act2(self._merge(branch, x))
 
 
@@ -85,5 +106,5 @@ class Bottleneck(_Residual, timm_resnet.Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         branch = self.act1(self.bn1(self._after(self.conv1(self._before(x, 0)), 0)))
         branch = self.act2(self.bn2(self._after(self.conv2(self._before(branch, 1)), 1)))
-        branch = self.bn3(self.conv3(self._before(branch, 2)))
+        branch = self.bn3(self.conv3(self._before(branch, 2), self.alpha))
         return self.act3(self._merge(branch, x))
