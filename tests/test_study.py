@@ -105,6 +105,8 @@ def test_shipped_studies_are_valid_and_spend_the_same_on_each_arm(name):
     assert len(shipped.seeds) >= 3
     runs = grid.tuning_runs(shipped)
     assert all(run.recipe.data.holdout == grid.HELD_OUT for run in runs)
+    chosen = {run.key: {"top1": 0.5} for run in runs}
+    assert not chosen.keys() & {run.key for run in grid.final_runs(shipped, chosen)}, "tuned on what is reported"
     budgets = {arm: len([run for run in runs if run.arm == arm]) for arm in shipped.arms}
     assert len(set(budgets.values())) == 1
     for claim in shipped.claims:
