@@ -1,16 +1,19 @@
-"""Benchmarks against a peer run side by side: python -m training.benchmark init|step|input|load
+"""Benchmarks against a peer run side by side: python -m training.benchmark init|step|infer|input|load
 
 Every row is a ratio of medians of interleaved measurements, with the spread of the ratios of single rounds.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -20,6 +23,9 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
@@ -30,6 +36,7 @@ from risotto_zoo.models import create_model
 
 from .data import View
 from .distributed import World, choose_device
+from .export import load_exported, write
 from .optimization import build_optimizer
 from .pipelines import build_pipeline
 from .recipe import Recipe, validate
@@ -46,16 +53,19 @@ class Row:
     theirs: float
     ratio: float
     spread: tuple[float, float]
+    images: int | None = None  # of one run
+    memory: tuple[int | None, int | None] | None = None  # peak bytes of the tensors a run makes, ours and the peer's
 
 
 def compare(what: str, ours: Callable[[], None], peer: str, theirs: Callable[[], None], rounds: int) -> Row:
     """Time both in turn, `rounds` times after one warm-up of each."""
-    ours()
-    theirs()
-    times: list[tuple[float, float]] = []
-    for _ in tqdm(range(rounds), what, leave=False, disable=None):
-        times.append((_seconds(ours), _seconds(theirs)))
-    return _row(what, peer, times)
+    return _row(what, peer, _interleaved(what, [ours, theirs], rounds))
+
+
+def _interleaved(what: str, runs: list[Callable[[], None]], rounds: int) -> list[tuple[float, ...]]:
+    for run in runs:
+        run()
+    return [tuple(_seconds(run) for run in runs) for _ in tqdm(range(rounds), what, leave=False, disable=None)]
 
 
 def _row(what: str, peer: str, times: list[tuple[float, float]]) -> Row:
@@ -102,8 +112,9 @@ def step_rows(args: argparse.Namespace) -> list[Row]:
             "risotto_resnet18_cifar",
             "risotto_resnet18",
         ]:
-            steps = [_step(name + suffix, args.batch, device) for suffix in ("", "_bn")]
-            rows.append(compare(f"{name}, batch {args.batch}", steps[0], f"{name}_bn", steps[1], args.rounds))
+            steps = [_step(name + suffix, args, device) for suffix in ("", "_bn")]
+            what = f"{name}, batch {args.batch}, {args.amp or 'float32'}"
+            rows.append(compare(what, steps[0], f"{name}_bn", steps[1], args.rounds))
             rows.append(_waiting(name, source, args, device))
     return rows
 
@@ -132,19 +143,123 @@ def _waiting(name: str, source: Path, args: argparse.Namespace, device: torch.de
     return _row(f"{name}, waiting for a batch", "its whole step", times[1:] or times)
 
 
-def _step(name: str, batch: int, device: torch.device) -> Callable[[], None]:
+def _step(name: str, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     model = create_model(name).to(device, memory_format=torch.channels_last).train()
     side = min(model.default_cfg["input_size"][1], 128)
-    images = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
-    targets = torch.randint(model.num_classes, (batch,), device=device)
+    images = torch.randn(args.batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+    targets = torch.randint(model.num_classes, (args.batch,), device=device)
     optimizer = build_optimizer(model, Recipe(model=name))
 
     def run() -> None:
-        F.cross_entropy(model(images), targets).backward()
+        with _autocast(args, device):
+            logits = model(images)
+        F.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return run
+
+
+def _autocast(args: argparse.Namespace, device: torch.device) -> Any:
+    return torch.autocast(device.type, getattr(torch, args.amp)) if args.amp else nullcontext()
+
+
+def infer_rows(args: argparse.Namespace) -> list[Row]:
+    """Each net without normalization beside its twin, the twin with its batch norm folded away, and timm's net.
+
+    One image and a batch at a time, in every mode: eager, compiled, and ONNX Runtime on a CPU.
+    """
+    device, rows = choose_device(args.device), []
+    for name in args.models or ["risotto_resnet20", "risotto_resnet18", "risotto_resnet50"]:
+        twin = _with_statistics(create_model(f"{name}_bn"))
+        nets = {name: create_model(name).eval(), f"{name}_bn": twin, f"{name}_bn, folded": folded(twin)}
+        plain = name.removeprefix("risotto_")
+        if timm.is_model(plain):
+            nets[f"timm {plain}"] = _with_statistics(create_model(plain))
+        size = nets[name].default_cfg["input_size"]
+        for mode in args.modes or (MODES if device.type == "cpu" else MODES[:2]):
+            with tempfile.TemporaryDirectory() as folder:
+                ready = [_ready(net, mode, size, device, Path(folder)) for net in nets.values()]
+                for batch in (1, args.batch):
+                    rows += _inference(list(nets), ready, mode, torch.randn(batch, *size), device, args)
+    return rows
+
+
+def _inference(
+    names: list[str],
+    nets: list[Callable[[torch.Tensor], torch.Tensor]],
+    mode: str,
+    images: torch.Tensor,
+    device: torch.device,
+    args: argparse.Namespace,
+) -> list[Row]:
+    images = images.to(device, memory_format=torch.channels_last if mode != "onnx" else torch.contiguous_format)
+
+    def run(net: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with torch.inference_mode(), _autocast(args, device):
+            net(images)
+
+    runs = [lambda net=net: run(net) for net in nets]
+    what = f"{names[0]}, {mode}, batch {len(images)}, {args.amp or 'float32'}"
+    times = _interleaved(what, runs, args.rounds)
+    memory = [None if mode == "onnx" else _peak_bytes(one, device) for one in runs]
+    rows = []
+    for i, peer in enumerate(names[1:], start=1):
+        row = _row(what, peer, [(each[0], each[i]) for each in times])
+        row.images, row.memory = len(images), (memory[0], memory[i])
+        rows.append(row)
+    return rows
+
+
+def _with_statistics(model: nn.Module) -> nn.Module:
+    """The net in evaluation mode with batch statistics as if trained, so that folding has something to fold."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    return model.eval()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy, in evaluation mode, with every batch norm folded into the convolution before it."""
+    model = copy.deepcopy(model).eval()
+    for parent in list(model.modules()):
+        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")):
+            pair = getattr(parent, conv, None), getattr(parent, norm, None)
+            if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
+                setattr(parent, conv, fuse_conv_bn_eval(*pair))
+                setattr(parent, norm, nn.Identity())
+    return model
+
+
+def _ready(
+    net: nn.Module, mode: str, size: tuple[int, int, int], device: torch.device, folder: Path
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    if mode == "onnx":
+        path = folder / f"{len(list(folder.iterdir()))}.onnx"
+        view = View.of({**net.default_cfg, "crop_mode": "center"})
+        write(net, torch.randn(2, *size), path, {"classes": net.num_classes, "labels": None, **asdict(view)})
+        return load_exported(path).run
+    net = net.to(device, memory_format=torch.channels_last)
+    return torch.compile(net) if mode == "compiled" else net
+
+
+def _peak_bytes(run: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that tensors made by a run hold at once."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def input_rows(args: argparse.Namespace) -> list[Row]:
@@ -223,7 +338,8 @@ def _sample_folder(folder: Path, count: int = 2000) -> Path:
     return folder
 
 
-BENCHMARKS = {"init": init_rows, "step": step_rows, "input": input_rows, "load": load_rows}
+BENCHMARKS = {"init": init_rows, "step": step_rows, "infer": infer_rows, "input": input_rows, "load": load_rows}
+MODES = ("eager", "compiled", "onnx")
 
 
 def _arguments() -> argparse.Namespace:
@@ -231,9 +347,11 @@ def _arguments() -> argparse.Namespace:
         prog="python -m training.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
-    parser.add_argument("--models", nargs="+", help="init, step, load: models (init: names without risotto_)")
+    parser.add_argument("--models", nargs="+", help="init, step, infer, load: models (init: names without risotto_)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each side (default: 9)")
     parser.add_argument("--batch", type=int, default=128, help="images of a batch (default: 128)")
+    parser.add_argument("--amp", choices=["bfloat16", "float16"], help="step, infer: autocast (default: float32)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="infer: default all, without onnx on a GPU")
     parser.add_argument("--size", type=int, default=32, help="input: side of the images (default: 32)")
     parser.add_argument("--data", help="input, step: image folder (default: crops of two sample photos)")
     parser.add_argument("--workers", type=int, default=2, help="input: loader processes (default: 2)")
@@ -245,6 +363,15 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
+def _inference_notes(row: Row) -> str:
+    if row.images is None or row.memory is None:
+        return ""
+    text = f"; {row.images / row.ours:.0f} and {row.images / row.theirs:.0f} images/s"
+    if None not in row.memory:
+        text += f", peak {row.memory[0] / 2**20:.0f} and {row.memory[1] / 2**20:.0f} MiB"
+    return text
+
+
 @exits_cleanly
 def main() -> None:
     args = _arguments()
@@ -252,11 +379,12 @@ def main() -> None:
     where = hardware(choose_device(args.device), 1)
     versions = f"torch {torch.__version__}, timm {timm.__version__}"
     print(f"\n{args.name} on {where}, {versions}: medians of {args.rounds} rounds")
-    print(f"{'ours':44} {'seconds':>9}   {'peer':38} {'seconds':>9} {'ratio':>7}  quartiles")
+    print(f"{'ours':48} {'seconds':>9}   {'peer':38} {'seconds':>9} {'ratio':>7}  quartiles")
     for row in rows:
         low, high = row.spread
         print(
-            f"{row.what:44} {row.ours:9.4f}   {row.peer:38} {row.theirs:9.4f} {row.ratio:7.3f}  {low:.3f} to {high:.3f}"
+            f"{row.what:48} {row.ours:9.4f}   {row.peer:38} {row.theirs:9.4f} {row.ratio:7.3f}  {low:.3f} to {high:.3f}"
+            + _inference_notes(row)
         )
     if args.json is not None:
         facts = {"benchmark": args.name, "hardware": where, "torch": torch.__version__, "timm": timm.__version__}

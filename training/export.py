@@ -69,7 +69,7 @@ def export(name: str, path: Path, half: bool = False, images: Tensor | None = No
     temporary = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _WRITERS[_format(path)](net, images, temporary, json.dumps(facts))
+        write(net, images, temporary, facts)
         difference = _difference(load_exported(temporary).run, images, wanted)
         if not difference <= TOLERANCE[half]:
             raise UserError(
@@ -82,6 +82,18 @@ def export(name: str, path: Path, half: bool = False, images: Tensor | None = No
     finally:
         temporary.unlink(missing_ok=True)
     return difference
+
+
+def write(net: nn.Module, images: Tensor, path: Path, facts: dict[str, Any]) -> None:
+    """Write a net in the format of the path's suffix, unchecked.
+
+    Args:
+        net: In evaluation mode.
+        images: Two images or more to trace it with, shape (N, C, H, W).
+        path: *.onnx, *.ts or *.pt2.
+        facts: The metadata that `load_exported` reads: classes, labels and the fields of a View.
+    """
+    _WRITERS[_format(path)](net, images, path, json.dumps(facts))
 
 
 def load_exported(path: Path) -> Exported:

@@ -1,8 +1,9 @@
 """Tables of numbers, generated: python -m training.tables writes them, --check fails if one is stale.
 
-The numbers of a run that is not released live in training/results/NAME.json; --add copies them there. The tables stand
-between marker comments in training/README.md and training/recipes/NOTES.md, and in the recipes' heads. For what comes
-from releases, python -m training.cards does the same.
+The numbers of a run that is not released live in training/results/NAME.json; --add copies them there. Those of
+benchmarks are written to training/results/benchmarks by `python -m training.benchmark NAME --json`. The tables stand
+between marker comments in README.md, training/README.md and training/recipes/NOTES.md, and in the recipes' heads. For
+what comes from releases, python -m training.cards does the same.
 """
 
 import argparse
@@ -49,6 +50,31 @@ def schema_table(section: type = Recipe, prefix: str = "") -> str:
     return "\n".join(rows)
 
 
+def speed_table(short: bool) -> str:
+    """Every benchmark; for README.md only what most people ask: the nets at work on a batch, in plain PyTorch."""
+    rows = ["| ours | peer | time of ours / peer's (quartiles) | |", "|---|---|---|---|"]
+    measured_on = set()
+    for path in sorted((RESULTS / "benchmarks").glob("*.json")):
+        found = json.loads(path.read_text())
+        measured_on.add(f"{found['hardware']}, torch {found['torch']}, timm {found['timm']}")
+        for row in found["rows"]:
+            if short and row["images"] is not None and (row["images"] == 1 or ", eager" not in row["what"]):
+                continue
+            low, high = row["spread"]
+            ratio = f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f})"
+            rows.append(f"| {found['benchmark']}: {row['what']} | {row['peer']} | {ratio} | {_absolute(row)} |")
+    return "\n".join([*rows, "", f"Medians of interleaved runs on {'; '.join(sorted(measured_on))}."])
+
+
+def _absolute(row: dict[str, Any]) -> str:
+    if row["images"] is None:
+        return f"{1000 * row['ours']:.4g} and {1000 * row['theirs']:.4g} ms"
+    text = f"{row['images'] / row['ours']:.0f} and {row['images'] / row['theirs']:.0f} images/s"
+    if row["memory"] and None not in row["memory"]:
+        text += ", peak {:.0f} and {:.0f} MiB".format(*(value / 2**20 for value in row["memory"]))
+    return text
+
+
 def reached(name: str) -> str:
     """The line in a recipe's head: what came out of exactly this recipe, from its release or a recorded run."""
     recipe = load_recipe(name)
@@ -81,10 +107,12 @@ def pages() -> dict[Path, str]:
     """Every file with a generated part, as it should be."""
     result = {}
     for path, marker, table in (
+        (ROOT / "README.md", "speed", speed_table(short=True)),
         (ROOT / "training" / "README.md", "schema", schema_table()),
+        (ROOT / "training" / "README.md", "speed", speed_table(short=False)),
         (RECIPES / "NOTES.md", "sweeps", sweep_table()),
     ):
-        result[path] = between(path.read_text(encoding="utf-8"), marker, table)
+        result[path] = between(result.get(path) or path.read_text(encoding="utf-8"), marker, table)
     for path in sorted(RECIPES.glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
         result[path] = re.sub(
