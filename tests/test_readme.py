@@ -1,0 +1,113 @@
+"""Every command of the README runs as it stands there, but for the size of the trainings and the names in capitals."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import training.evaluate
+import training.export
+import training.publish
+import training.release
+import training.study
+import training.train
+from risotto_zoo import cli
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.S | re.M))
+PROGRAMS = {"train", "evaluate", "release", "publish", "export", "study"}
+TINY = ["epochs=1", "batch_size=8", "warmup_epochs=0", "data.image_size=8", "augment.shift=1"]
+ELSEWHERE = {  # commands that run somewhere else, and where
+    "python3 -m venv": "in CI",
+    ".venv/bin/python": "in CI",
+    "torchrun": "with two processes in test_training.py",
+    "python train.py": "in a checkout of timm",
+    "python validate.py": "in a checkout of timm",
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Scans of digits as an image folder: train and val, ten classes, 8 and 2 images each."""
+    root, digits = tmp_path_factory.mktemp("images"), load_digits()
+    for label in range(10):
+        chosen = digits.images[digits.target == label][:10]
+        for i, scan in enumerate(chosen):
+            folder = root / ("val" if i < 2 else "train") / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((scan * 15).astype(np.uint8)).convert("RGB").save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def home(hub, images, tmp_path, monkeypatch):
+    """A folder to work in as the README's reader would in a checkout, with the Hub at hand."""
+    for name in ("model_cards", "training", "risotto_zoo"):
+        (tmp_path / name).symlink_to(Path(__file__).parent.parent / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(section, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", SECTIONS[section], re.S | re.M)
+
+
+def commands(section):
+    """The lines of a section's bash blocks, without comments, those that continue put together."""
+    lines = "\n".join(blocks(section, "bash")).replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"(^| )# .*", "", line).strip() for line in lines]
+    return [line for line in lines if line and not line.startswith(tuple(ELSEWHERE))]
+
+
+def run(line, images, command):
+    """One line of bash in this process."""
+    values = {"IMAGE_OR_FOLDER": images / "val", "FOLDER": images, "MODEL": "risotto_resnet20.cifar10-jpeg"}
+    words = [re.sub(r"\b(IMAGE_OR_FOLDER|FOLDER|MODEL)\b", lambda m: str(values[m[1]]), w) for w in shlex.split(line)]
+    if words[:2] == ["python", "-c"]:
+        exec(words[2], {})
+        return
+    if words[0] == "risotto-zoo":
+        main, words = cli.main, words[1:]
+    else:
+        assert words[:2] == ["python", "-m"], line
+        package, name = words[2].split(".")
+        assert package == "training" and name in PROGRAMS, line
+        main, words = getattr(training, name).main, words[3:]
+        if name == "train":
+            words += [word for setting in TINY for word in ("--set", setting)] + ["--device", "cpu"]
+    result = command(main, *words)
+    assert result.code == 0, f"{line}\n{result.err}"
+
+
+def test_what_is_left_out_runs_elsewhere():
+    every = re.findall(r"^```bash\n(.*?)^```", README, re.S | re.M)
+    assert all(any(start in block for block in every) for start in ELSEWHERE)
+
+
+def test_from_the_first_run_to_the_hub_and_back(home, images, command):
+    torch.set_num_threads(1)
+    for section in ("Release and publish", "Load a trained model", "Fine-tune", "Train"):
+        for line in commands(section):
+            run(line, images, command)
+        for block in blocks(section, "python"):
+            exec(block, {})
+    assert (home / "my-release" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("section", ["Use the models", "Evaluate and export"])
+def test_the_tools(section, home, images, command):
+    for line in commands(section):
+        run(line, images, command)
+    for block in blocks(section, "python"):
+        exec(block, {})
+
+
+def test_other_tools(home):
+    pytest.importorskip("transformers", reason="transformers is not installed; pip install transformers")
+    for block in blocks("At home in timm and the Hub", "python"):
+        exec(block, {})
