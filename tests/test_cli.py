@@ -1,5 +1,6 @@
 """The command risotto-zoo, the README's promises, and the frame of the project."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from risotto_zoo import cli
@@ -93,6 +96,22 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path):
         benchmark.main, "step", "--models", "risotto_resnet20", "--rounds", 2, "--batch", 4, "--device", "cpu"
     )
     assert result.code == 0 and "risotto_resnet20_bn" in result.out
+    small = ["--models", "risotto_resnet20", "--rounds", 2, "--batch", 4, "--device", "cpu", "--modes", "eager"]
+    result = command(benchmark.main, "infer", *small, "--json", tmp_path / "rows.json")
+    assert result.code == 0 and "risotto_resnet20_bn, folded" in result.out
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert all(row["memory"][0] > 0 for row in rows)
+    result = command(benchmark.main, "evaluate", "--rounds", 2, "--workers", 0, "--device", "cpu")
+    assert result.code == 0 and "cached" in result.out
+
+
+def test_a_folded_net_computes_what_the_net_with_batch_norm_does():
+    for name in ("risotto_resnet20_bn", "risotto_resnet50_cifar_bn"):
+        twin = benchmark._with_statistics(timm.create_model(name, dtype=torch.float64))
+        folded, images = benchmark.folded(twin), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        assert not [module for module in folded.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        with torch.no_grad():
+            torch.testing.assert_close(folded(images), twin(images))
 
 
 def test_generated_tables_are_fresh(command):

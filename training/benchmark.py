@@ -1,4 +1,4 @@
-"""Benchmarks against a peer run side by side: python -m training.benchmark init|step|infer|input|load
+"""Benchmarks against a peer run side by side: python -m training.benchmark NAME
 
 Every row is a ratio of medians of interleaved measurements, with the spread of the ratios of single rounds.
 """
@@ -6,6 +6,8 @@ Every row is a ratio of medians of interleaved measurements, with the spread of 
 import argparse
 import copy
 import json
+import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -14,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import safetensors.torch
@@ -31,14 +34,15 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from risotto_zoo.errors import UserError, exits_cleanly
+from risotto_zoo.evaluation import observe, summarize
 from risotto_zoo.hub import MANIFEST, release_file
 from risotto_zoo.models import create_model
 
-from .data import View
+from .data import View, cache_folder, load_set, split_folder
 from .distributed import World, choose_device
 from .export import load_exported, write
 from .optimization import build_optimizer
-from .pipelines import build_pipeline
+from .pipelines import build_pipeline, validation_batches
 from .recipe import Recipe, validate
 from .run_folder import hardware
 
@@ -307,6 +311,56 @@ def load_rows(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def evaluate_rows(args: argparse.Namespace) -> list[Row]:
+    """From files to top-1 and loss, as `training.evaluate` does, beside the loop of timm's validation script.
+
+    The first time a set is seen, and when its decoded images are in the cache.
+    """
+    device, rows = choose_device(args.device), []
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, RISOTTO_ZOO_CACHE=f"{folder}/cache"):
+        source = Path(args.data) if args.data else _sample_folder(Path(folder) / "images", count=2, val=250)
+        for name in args.models or ["risotto_resnet20"]:
+            model = create_model(name).to(device).eval()
+            view = View.of(timm.data.resolve_data_config(model=model, verbose=False))
+            peer = _timm_validation(model, split_folder(source, training=False), args)
+
+            def cached(model: nn.Module = model, view: View = view) -> None:
+                images = load_set(str(source), False, view, progress=False)
+                summarize(observe(model, validation_batches(images, view, World(0, 1, device))))
+
+            def first_time(again: Callable[[], None] = cached) -> None:
+                shutil.rmtree(cache_folder(), ignore_errors=True)
+                again()
+
+            for label, run in (("first time", first_time), ("cached", cached)):
+                rows.append(compare(f"{name}, {label}", run, "timm loader and loop", peer, args.rounds))
+    return rows
+
+
+def _timm_validation(model: nn.Module, folder: Path, args: argparse.Namespace) -> Callable[[], None]:
+    device = next(model.parameters()).device
+    settings = timm.data.resolve_data_config(model=model, verbose=False)
+
+    def run() -> None:
+        loader = timm.data.create_loader(
+            timm.data.create_dataset("", root=str(folder)),
+            batch_size=256,
+            num_workers=args.workers,
+            use_prefetcher=device.type == "cuda",
+            device=device,
+            **settings,
+        )
+        losses, top1, top5 = (timm.utils.AverageMeter() for _ in range(3))
+        with torch.no_grad():
+            for images, targets in loader:
+                logits = model(images)
+                losses.update(F.cross_entropy(logits, targets).item(), len(images))
+                for meter, value in zip((top1, top5), timm.utils.accuracy(logits, targets, topk=(1, 5)), strict=True):
+                    meter.update(value.item(), len(images))
+
+    return run
+
+
 def _torchvision_epoch(source: Path, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     steps = [
         transforms.Resize(args.size),
@@ -325,11 +379,11 @@ def _torchvision_epoch(source: Path, args: argparse.Namespace, device: torch.dev
     return run
 
 
-def _sample_folder(folder: Path, count: int = 2000) -> Path:
+def _sample_folder(folder: Path, count: int = 2000, val: int = 20) -> Path:
     """Crops of scikit-learn's two sample photos as JPEG files of 32 px, where no data is named."""
     draw = np.random.default_rng(0)
     for name, photo in zip(("church", "flower"), load_sample_images().images, strict=True):
-        for split, images in (("train", count), ("val", 20)):
+        for split, images in (("train", count), ("val", val)):
             (folder / split / name).mkdir(parents=True)
             for i in range(images):
                 top, left = draw.integers(0, photo.shape[0] - 32), draw.integers(0, photo.shape[1] - 32)
@@ -338,7 +392,14 @@ def _sample_folder(folder: Path, count: int = 2000) -> Path:
     return folder
 
 
-BENCHMARKS = {"init": init_rows, "step": step_rows, "infer": infer_rows, "input": input_rows, "load": load_rows}
+BENCHMARKS = {
+    "init": init_rows,
+    "step": step_rows,
+    "infer": infer_rows,
+    "input": input_rows,
+    "evaluate": evaluate_rows,
+    "load": load_rows,
+}
 MODES = ("eager", "compiled", "onnx")
 
 
@@ -347,14 +408,14 @@ def _arguments() -> argparse.Namespace:
         prog="python -m training.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
-    parser.add_argument("--models", nargs="+", help="init, step, infer, load: models (init: names without risotto_)")
+    parser.add_argument("--models", nargs="+", help="models (init: names without risotto_); input has none")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each side (default: 9)")
     parser.add_argument("--batch", type=int, default=128, help="images of a batch (default: 128)")
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="step, infer: autocast (default: float32)")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="infer: default all, without onnx on a GPU")
     parser.add_argument("--size", type=int, default=32, help="input: side of the images (default: 32)")
-    parser.add_argument("--data", help="input, step: image folder (default: crops of two sample photos)")
-    parser.add_argument("--workers", type=int, default=2, help="input: loader processes (default: 2)")
+    parser.add_argument("--data", help="input, step, evaluate: image folder (default: crops of two sample photos)")
+    parser.add_argument("--workers", type=int, default=2, help="input, evaluate: loader processes (default: 2)")
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
