@@ -153,11 +153,58 @@ def test_the_committed_propagation_study_shows_the_picture():
     for row in stored["rows"]:
         if row["scheme"] == "risotto":
             assert max(row["similarity"]) - min(row["similarity"]) < 1e-4
+        else:
+            assert row["similarity"][-1] - row["similarity"][0] > 0.1
+    text = propagation.section(stored)
+    assert "Confirmed at initialization, up to 1202 layers, against He, delta-orthogonal; not against Fixup" in text
+    assert "1 of 32 above 1e-6 of the largest" in text  # He's collapse to one direction is no isometry
 
 
 def test_propagation_needs_its_data(command, tmp_path):
     result = command(study.main, "propagation", "--data", tmp_path / "none")
     assert result.code == 2 and "none" in result.err and "Traceback" not in result.err
+
+
+def test_verdicts():
+    values = {"RISOTTO": [0.5, 0.52, 0.51], "hopeless": [0.7, 0.71, 0.72]}
+    shipped = grid.load_study("learning_rate_robustness_small")
+    study = shipped.model_copy(update={"arms": {arm: {} for arm in values}, "vary": None, "tune": None})
+    records = {
+        f"{arm}{seed}": {"arm": arm, "x": None, "seed": seed, "top1": value, "tuning": False}
+        for arm, all_seeds in values.items()
+        for seed, value in enumerate(all_seeds)
+    }
+    claim = grid.Claim(text="-", better="RISOTTO", than=["hopeless"])
+    told = report._verdict(study, records, claim)
+    assert told.startswith("Not confirmed, and the opposite was measured against hopeless: RISOTTO is at -20.0 points")
+    turned = claim.model_copy(update={"better": "hopeless", "than": ["RISOTTO"]})
+    assert report._verdict(study, records, turned).startswith("Confirmed: hopeless is at +20.0 points")
+    del records["hopeless1"]
+    assert "runs are missing" in report._verdict(study, records, claim)
+
+
+def test_the_width_of_a_range_counts_values_near_an_arms_own_best():
+    study = grid.load_study("learning_rate_robustness_small")
+    accuracy = {"RISOTTO": (0.5, 0.58, 0.56, 0.3), "Fixup": (0.2, 0.3, 0.2, 0.1)}
+    records = {
+        f"{arm}{seed}{x}": {"arm": arm, "x": x, "seed": seed, "top1": value, "tuning": False}
+        for arm, row in accuracy.items()
+        for seed in study.seeds
+        for x, value in zip(study.vary.values, row, strict=True)
+    }
+    assert report._scores(study, records, "RISOTTO", "width") == {0: 2, 1: 2, 2: 2}
+    assert report._scores(study, records, "Fixup", "width") == {0: 1, 1: 1, 2: 1}
+    claim = grid.Claim(text="-", better="RISOTTO", than=["Fixup"], measure="width")
+    assert report._verdict(study, records, claim).startswith("Confirmed: RISOTTO is at +1.0 values against Fixup")
+
+
+def test_records_of_an_earlier_edition_are_left_out():
+    study = grid.load_study("alpha_small")
+    runs = grid.tuning_runs(study)
+    records = {run.key: {"top1": 0.5} for run in runs}
+    final = grid.final_runs(study, records)
+    records |= {run.key: {"top1": 0.5} for run in final}
+    assert grid.current(study, {**records, "old": {"top1": 0.9}}) == records
 
 
 def test_a_claim_about_a_missing_arm_is_not_tested(toy):

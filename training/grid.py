@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -49,6 +49,10 @@ class Tuning(Section):
 
 class Claim(Section):
     text: str = Field(description="what the paper says, in our words")
+    ours: bool = Field(False, description="it is a question of this project, not a claim of the paper")
+    measure: Literal["accuracy", "width"] = Field(
+        "accuracy", description="what is compared: accuracy, or how many of the varied values are near the best"
+    )
     better: str = Field(description="the arm, or ARM@VALUE, that should be ahead")
     than: list[str] = Field(min_length=1, description="arms, or ARM@VALUE, that it should be ahead of")
 
@@ -63,7 +67,6 @@ class Study(Section):
     vary: Axis | None = None
     tune: Tuning | None = None
     seeds: list[int] = Field(min_length=1)
-    epochs_figure: bool = Field(True, description="draw accuracy by epoch")
     claims: list[Claim] = Field([], description="compared and judged in the report")
     threads: Count = 1
 
@@ -136,6 +139,12 @@ def final_runs(study: Study, records: dict[str, dict[str, Any]]) -> list[Run]:
     return runs
 
 
+def current(study: Study, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The records of the runs that the study consists of as it is now; those of an earlier edition are left out."""
+    wanted = {run.key for run in [*tuning_runs(study), *final_runs(study, records)]}
+    return {key: record for key, record in records.items() if key in wanted}
+
+
 def chosen(study: Study, records: dict[str, dict[str, Any]], arm: str, x: Any) -> Any:
     """The tuned value of an arm; None while a candidate has not been run, or if nothing is tuned."""
     if study.tune is None:
@@ -183,7 +192,6 @@ def conduct(name: str, jobs: int, device: str | None) -> None:
     file = results_file(name)
     stored = read_json(file) if file.is_file() else {"study": name, "runs": {}}
     records = stored["runs"]
-    wanted = {run.key for run in tuning_runs(study)}
     for runs in (lambda: tuning_runs(study), lambda: final_runs(study, records)):
         missing = [run for run in runs() if run.key not in records]
         with tqdm(total=len(missing), desc=name, unit="run", disable=None) as bar:
@@ -192,8 +200,7 @@ def conduct(name: str, jobs: int, device: str | None) -> None:
                 bar.update()
                 say(f"{run.arm} {'' if run.x is None else run.x} seed {run.seed}: {_told(run, record)}")
                 _write(file, stored)
-    wanted |= {run.key for run in final_runs(study, records)}
-    stored["runs"] = {key: record for key, record in records.items() if key in wanted}
+    stored["runs"] = current(study, records)
     _write(file, stored)
 
 
@@ -262,6 +269,7 @@ def _train_one(run: Run, device: str | None) -> dict[str, Any] | None:
         "train_top1": rows[-1]["train_top1"] if rows and not diverged else None,
         "seconds": rows[-1]["seconds"] if rows else 0.0,
         "hardware": hardware(where.device, 1),
+        "torch": torch.__version__,
     }
 
 
