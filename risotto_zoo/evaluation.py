@@ -75,19 +75,21 @@ def observe(
     parts: list[tuple[Tensor, ...]] = []
     classes = 0
     start = time.perf_counter()
-    for images, targets in batches:
-        with torch.autocast(images.device.type, amp) if amp is not None else nullcontext():
-            logits = model(images)
-        logits = logits.float()
-        classes = logits.shape[1]
-        shares, best = logits.softmax(dim=1).topk(min(5, classes), dim=1)
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        hits = (best == targets[:, None]).any(dim=1)
-        parts.append(tuple(part.cpu() for part in (targets, best[:, 0], shares[:, 0], hits, losses)))
-    if isinstance(model, nn.Module):
-        model.train(was_training)
-    for switch, value in zip(switches, tf32, strict=True):
-        switch.allow_tf32 = value
+    try:
+        for images, targets in batches:
+            with torch.autocast(images.device.type, amp) if amp is not None else nullcontext():
+                logits = model(images)
+            logits = logits.float()
+            classes = logits.shape[1]
+            shares, best = logits.softmax(dim=1).topk(min(5, classes), dim=1)
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            hits = (best == targets[:, None]).any(dim=1)
+            parts.append(tuple(part.cpu() for part in (targets, best[:, 0], shares[:, 0], hits, losses)))
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(was_training)
+        for switch, value in zip(switches, tf32, strict=True):
+            switch.allow_tf32 = value
     if not parts:  # one of several processes may have none
         none = torch.zeros(0, dtype=torch.long)
         parts.append((none, none, none.float(), none.bool(), none.float()))

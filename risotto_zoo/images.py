@@ -36,10 +36,14 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Convert to RGB or L; 16-bit grey keeps its upper byte, where Pillow would clip it to white."""
+    """Convert to RGB or L; 16-bit grey keeps its upper byte, where Pillow would clip it to white.
+
+    Floating grey values are taken for shares of white if none is above 1.
+    """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if values.max(initial=0) > 255 else 1.0
+        brightest = values.max(initial=0)
+        scale = 257.0 if brightest > 255 else 1 / 255 if image.mode == "F" and brightest <= 1 else 1.0
         image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

@@ -208,12 +208,13 @@ def test_digits_are_the_same_split_for_everyone():
     assert val_set.targets.bincount().min() >= 34 and val_set.images.max() == 255
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "I;16", "1", "LA"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "I;16", "1", "LA", "F"])
 def test_images_of_every_mode_become_rgb(mode, tmp_path):
     ramp = Image.fromarray(np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8))
     deep = Image.fromarray(np.asarray(ramp).astype(np.uint16) * 257)
-    picture = deep if mode == "I;16" else ramp.convert(mode)
-    suffix = "tif" if mode == "CMYK" else "png"
+    shares = Image.fromarray(np.asarray(ramp).astype(np.float32) / 255)
+    picture = {"I;16": deep, "F": shares}.get(mode) or ramp.convert(mode)
+    suffix = "tif" if mode in ("CMYK", "F") else "png"
     picture.save(tmp_path / f"x.{suffix}")
     read = np.asarray(read_image(tmp_path / f"x.{suffix}"))
     assert read.shape == (64, 64, 3)

@@ -1,5 +1,6 @@
 """The numbers of an evaluation, against independent computations of the same."""
 
+import itertools
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, recall_score, top_k_accuracy_score
 
 from risotto_zoo.checkpoints import model_config, save_model
@@ -23,6 +24,7 @@ from risotto_zoo.evaluation import (
     summarize,
 )
 from training import evaluate as command_line
+from training.corruptions import CORRUPTIONS, STRENGTHS
 
 
 class Table(torch.nn.Module):
@@ -157,3 +159,63 @@ def test_top1_of_1000_real_images_is_that_of_a_loop_over_timms_loader(tmp_path, 
     assert count == ours["images"] == 1000
     assert ours["top1"] == correct / count
     assert ours["loss"] == pytest.approx(loss / count, rel=1e-5)
+
+
+def model_folder(path, classes, seed=0):
+    model = timm.create_model("risotto_resnet20", num_classes=len(classes), seed=seed).eval()
+    cfg = model.pretrained_cfg
+    data = {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    save_model(path, model.state_dict(), model_config(model, classes, data, {}))
+    return model
+
+
+def test_classes_are_matched_by_name(tmp_path, photo_folder, command):
+    """A model whose logits stand in another order than the folders is scored as its turned twin is."""
+    for name, classes in (("sorted", ["church", "flower"]), ("turned", ["flower", "church"])):
+        model = model_folder(tmp_path / name, classes)
+        if name == "turned":
+            state = {
+                key: value.flip(0) if key.startswith("fc.") else value for key, value in model.state_dict().items()
+            }
+            save_model(tmp_path / name, state, json.loads((tmp_path / name / "config.json").read_text()))
+    models = [f"local-dir:{tmp_path / name}" for name in ("sorted", "turned")]
+    report = tmp_path / "report.json"
+    result = command(command_line.main, *models, "--data", photo_folder, "--json", report, "--device", "cpu")
+    assert result.code == 0 and "note:" not in result.err, result
+    first, second, comparison = json.loads(report.read_text())
+    assert first["top1"] == second["top1"] and first["per_class"] == second["per_class"]
+    assert comparison["only_first"] == comparison["only_second"] == 0
+    model_folder(tmp_path / "other", ["cat", "dog"])
+    result = command(command_line.main, f"local-dir:{tmp_path / 'other'}", "--data", photo_folder, "--device", "cpu")
+    assert result.code == 0 and "matched by position" in result.err
+
+
+def test_runs_on_different_data_are_not_compared(tmp_path, photo_folder, command):
+    """Without --data each run is scored on its own validation images, and those of two runs must be the same."""
+    (tmp_path / "half").mkdir()
+    for label in ("church", "flower"):
+        for split, count in (("train", 24), ("val", 3)):
+            folder = tmp_path / "half" / split / label
+            folder.mkdir(parents=True)
+            for path in sorted((photo_folder / split / label).iterdir())[:count]:
+                (folder / path.name).write_bytes(path.read_bytes())
+    for name, source in (("a", photo_folder), ("b", tmp_path / "half")):
+        model_folder(tmp_path / name, ["church", "flower"])
+        (tmp_path / name / "recipe.yaml").write_text(f"data: {{source: {source}}}\n")
+    models = [f"local-dir:{tmp_path / name}" for name in "ab"]
+    result = command(command_line.main, *models, "--device", "cpu")
+    assert result.code == 2 and "saw different images" in result.err and "Traceback" not in result.err
+    assert "on 16 images" in result.out and "on 6 images" in result.out
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+@pytest.mark.parametrize("side", [16, 32, 224])
+def test_every_corruption_harms_more_the_stronger_it_is(kind, side):
+    photo = load_sample_images().images[0][:224, :224]
+    images = torch.from_numpy(np.array(Image.fromarray(photo).resize((side, side)))).permute(2, 0, 1)[None]
+    harm = []
+    for strength in range(STRENGTHS):
+        damaged = CORRUPTIONS[kind](images, strength, torch.Generator().manual_seed(0))
+        assert damaged.dtype == torch.uint8 and damaged.shape == images.shape
+        harm.append((damaged.float() - images.float()).square().mean().item())
+    assert harm[0] > 0 and all(a < b for a, b in itertools.pairwise(harm))

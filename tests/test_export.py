@@ -80,8 +80,12 @@ def test_evaluate_reads_exported_files_and_compares_models(tmp_path, command, ph
     assert comparison["difference"] == 0 and comparison["p"] == 1
     assert {len(values) for values in first["robustness"].values()} == {5} and len(first["robustness"]) == 5
     assert sum(map(sum, first["confusion"])) == first["images"] == 16
-    assert [row["model"] for row in csv.DictReader(table.open())] == [source, str(tmp_path / "model.onnx")]
+    rows = list(csv.DictReader(table.open()))
+    assert [row["model"] for row in rows] == [source, str(tmp_path / "model.onnx")]
+    assert [float(rows[0]["top1_low"]), float(rows[0]["top1_high"])] == first["top1_interval"]
     assert len(list(figures.glob("*.png"))) == 4
+    result = command(evaluate.main, tmp_path / "model.onnx", "--data", photo_folder, "--image-size", 48)
+    assert result.code == 2 and "exported for images of 32 px" in result.err
 
 
 def test_what_cannot_be_exported_or_read_is_told(tmp_path, command):

@@ -19,8 +19,8 @@ def noise(images: Tensor, strength: int, generator: torch.Generator) -> Tensor:
 
 
 def blur(images: Tensor, strength: int, generator: torch.Generator) -> Tensor:
-    """Gaussian, of a radius from 1% to 6% of the image's side."""
-    sigma = images.shape[-1] * (0.01, 0.02, 0.03, 0.045, 0.06)[strength]
+    """Gaussian, of a deviation from 1% to 6% of the image's side; from 0.4 to 0.8 pixels where that is less."""
+    sigma = max(0.4 + 0.1 * strength, images.shape[-1] * (0.01, 0.02, 0.03, 0.045, 0.06)[strength])
     size = 2 * max(1, round(2 * sigma)) + 1
     return F.gaussian_blur(images, [size, size], [sigma, sigma])
 

@@ -44,6 +44,7 @@ from .pipelines import EVAL_BATCH, validation_batches, validation_set
 from .recipe import Data, load_recipe
 
 Net = Callable[[Tensor], Tensor]
+DAMAGED_AT_ONCE = 1000
 
 
 def _arguments() -> argparse.Namespace:
@@ -80,16 +81,17 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     args = _arguments()
     device = choose_device(args.device)
-    sets: dict[View, ImageSet] = {}
+    sets: dict[tuple[View, str], ImageSet] = {}
     observed: dict[str, Outcomes] = {}
     reports = []
     for name in args.model:
         net, view, classes, labels = load(name, args, device)
-        if view not in sets:
-            sets[view] = _images(name, args, view)
-            _tell_unreadable(sets[view])
-        images = sets[view]
-        _check_classes(name, classes, labels, images)
+        data = None if args.data is not None else _data_of_run(name, args)
+        if (view, repr(data)) not in sets:
+            sets[view, repr(data)] = _images(data, args, view)
+            _tell_unreadable(sets[view, repr(data)])
+        images = sets[view, repr(data)]
+        net = _in_order_of(images, name, net, classes, labels)
         observed[name] = run(net, images, view, device, args)
         reports.append(_report(name, observed[name], images))
         _print(reports[-1])
@@ -99,8 +101,13 @@ def main() -> None:
         if args.figures is not None:
             _draw(args.figures, name, observed[name], images.classes)
     first = args.model[0]
+    if len(args.model) > 1:
+        _print_table(reports)
     for other in args.model[1:]:
-        comparison = compare(observed[first], observed[other])
+        try:
+            comparison = compare(observed[first], observed[other])
+        except ValueError:
+            raise UserError(f"{first} and {other} saw different images; name one set for both with --data") from None
         reports.append({"first": first, "second": other, **asdict(comparison)})
         low, high = comparison.interval
         print(
@@ -121,7 +128,11 @@ def load(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Net
     """
     if Path(name).suffix in SUFFIXES:
         exported = load_exported(Path(name))
-        return exported.run, _adjusted(exported.view, args), exported.classes, exported.labels
+        side = exported.view.input_size[1]
+        if args.image_size not in (None, side):
+            raise UserError(f"{name} was exported for images of {side} px; --image-size cannot change that")
+        on_cpu = lambda images: exported.run(images.cpu()).to(images.device)  # noqa: E731
+        return on_cpu, _adjusted(exported.view, args), exported.classes, exported.labels
     model = create_model(name, pretrained=True).to(device).eval()
     view = _adjusted(View.of(resolve_data_config(model=model, use_test_size=True, verbose=False)), args)
     labels = model.pretrained_cfg.get("label_names")
@@ -153,17 +164,22 @@ def _batches(images: ImageSet, view: View, device: torch.device, batch: int) -> 
     return iter(tqdm(parts, "evaluating", total, unit="batch", disable=None, leave=False))
 
 
-def _images(name: str, args: argparse.Namespace, view: View) -> ImageSet:
-    """The named data, or what the run in a local folder was validated on."""
-    if args.data is not None:
-        return load_set(args.data, False, view, split=args.split, root=args.root)
+def _data_of_run(name: str, args: argparse.Namespace) -> Data:
+    """What the run in a local folder was trained and validated on."""
     source, _, folder = name.partition(":")
     recipe_file = Path(folder) / "recipe.yaml"
     if source != "local-dir" or not recipe_file.is_file():
         raise UserError(f"{name} does not say what to evaluate it on; name a folder with --data")
     data: Data = load_recipe(str(recipe_file)).data
     changes = {"val_split": args.split, "root": args.root}
-    return validation_set(data.model_copy(update={key: value for key, value in changes.items() if value}), view)
+    return data.model_copy(update={key: value for key, value in changes.items() if value})
+
+
+def _images(data: Data | None, args: argparse.Namespace, view: View) -> ImageSet:
+    """The images that a run was validated on, or those that the arguments name."""
+    if data is not None:
+        return validation_set(data, view)
+    return load_set(args.data, False, view, split=args.split, root=args.root)
 
 
 def _tell_unreadable(images: ImageSet) -> None:
@@ -172,11 +188,17 @@ def _tell_unreadable(images: ImageSet) -> None:
         print("\n".join(f"  {line}" for line in images.unreadable), file=sys.stderr)
 
 
-def _check_classes(name: str, classes: int, labels: list[str] | None, images: ImageSet) -> None:
+def _in_order_of(images: ImageSet, name: str, net: Net, classes: int, labels: list[str] | None) -> Net:
+    """The model with its logits in the order of the data's classes: by name where the names are the same."""
     if len(images.classes) != classes:
         raise UserError(f"{name} knows {classes} classes, but the data has {len(images.classes)}")
-    if labels and labels != images.classes:
+    if not labels or labels == images.classes:
+        return net
+    if sorted(labels) != sorted(images.classes):
         print("note: the class names of the data are not the model's; they are matched by position", file=sys.stderr)
+        return net
+    order = [labels.index(label) for label in images.classes]
+    return lambda batch: net(batch)[:, order]
 
 
 def _report(name: str, outcomes: Outcomes, images: ImageSet) -> dict[str, Any]:
@@ -185,7 +207,7 @@ def _report(name: str, outcomes: Outcomes, images: ImageSet) -> dict[str, Any]:
         "model": name,
         **asdict(summarize(outcomes)),
         "calibration_error": calibration(outcomes).error,
-        "per_class": {label: {"images": count, "top1": share} for label, (count, share) in by_class},
+        "per_class": {label: {"images": n, "top1": share if n else None} for label, (n, share) in by_class},
         "confusion": confusion(outcomes).tolist(),
     }
 
@@ -203,16 +225,41 @@ def _print(report: dict[str, Any]) -> None:
     print(f"images/s  {report['images_per_second']:.0f}")
 
 
+def _print_table(reports: list[dict[str, Any]]) -> None:
+    rows = [("model", "images", "top-1", "95% interval", "top-5", "loss", "ECE", "images/s")]
+    for report in reports:
+        low, high = report["top1_interval"]
+        rows.append(
+            (
+                report["model"],
+                str(report["images"]),
+                f"{100 * report['top1']:.2f}%",
+                f"{100 * low:.2f} to {100 * high:.2f}",
+                f"{100 * report['top5']:.2f}%",
+                f"{report['loss']:.4f}",
+                f"{100 * report['calibration_error']:.2f}%",
+                f"{report['images_per_second']:.0f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for name, *cells in rows:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)))
+
+
 def _robustness(
     net: Net, images: ImageSet, view: View, device: torch.device, args: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Top-1 on damaged images, by kind of damage and strength."""
+    """Top-1 on damaged images, by kind of damage and strength; damaged a part at a time, to need little memory."""
     result: dict[str, list[float]] = {}
     for kind, corrupt in CORRUPTIONS.items():
         for strength in range(STRENGTHS):
-            generator = torch.Generator().manual_seed(strength)
-            damaged = replace(images, images=corrupt(images.images, strength, generator))
-            result.setdefault(kind, []).append(summarize(run(net, damaged, view, device, args)).top1)
+            generator, correct = torch.Generator().manual_seed(strength), 0
+            for part in torch.arange(len(images)).split(DAMAGED_AT_ONCE):
+                some = images.subset(part)
+                damaged = replace(some, images=corrupt(some.images, strength, generator))
+                correct += int(run(net, damaged, view, device, args).correct.sum())
+            result.setdefault(kind, []).append(correct / len(images))
     return result
 
 
@@ -223,11 +270,24 @@ def _print_robustness(report: dict[str, Any]) -> None:
 
 
 def _csv(reports: list[dict[str, Any]]) -> str:
-    keys = ["model", "images", "top1", "top5", "loss", "calibration_error", "images_per_second"]
+    keys = [
+        "model",
+        "images",
+        "top1",
+        "top1_low",
+        "top1_high",
+        "top5",
+        "loss",
+        "calibration_error",
+        "images_per_second",
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(report for report in reports if "model" in report)
+    for report in reports:
+        if "model" in report:
+            low, high = report["top1_interval"]
+            writer.writerow({**report, "top1_low": low, "top1_high": high})
     return text.getvalue()
 
 
