@@ -13,6 +13,7 @@ from .errors import UserError
 from .files import git_sha1, sha256, write_atomically
 
 WEIGHTS = "model.safetensors"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # the last: batch norm's counter
 _SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag")
 
 
@@ -104,6 +105,10 @@ def read_tensors(data: bytes, source: str) -> dict[str, Tensor]:
         reason = str(error).split("\n")[0]
         raise UserError(f"{source} is not a whole safetensors file ({reason}); fetch it again") from None
     for name, value in state.items():
+        if value.dtype not in _DTYPES:
+            raise UserError(
+                f"{source}: the tensor {name} is {str(value.dtype).removeprefix('torch.')}, no kind of weight"
+            )
         if value.is_floating_point():
             if value.dtype in (torch.float16, torch.bfloat16):
                 state[name] = value = value.float()
@@ -124,7 +129,8 @@ def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, An
     """
     name = config["architecture"]
     source = config.get("file") or config.get("hf_hub_id") or "the state dict"
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    own = model.state_dict()
+    expected = {key: tuple(value.shape) for key, value in own.items()}
     channels, classes = config["input_size"][0], config["num_classes"]
     for key in ("first_conv", "classifier"):
         if not config.get(key):
@@ -140,6 +146,8 @@ def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, An
             raise UserError(f"{source} lacks the tensor {key} of {name}: {mend}")
         if tuple(state[key].shape) != shape:
             raise UserError(f"{source}: {key} has shape {tuple(state[key].shape)}, but {name} needs {shape}: {mend}")
+        if key in own and state[key].is_floating_point() != own[key].is_floating_point():
+            raise UserError(f"{source}: {key} is {state[key].dtype}, but {name} needs {own[key].dtype}: {mend}")
     surplus = state.keys() - expected.keys()
     if surplus:
         raise UserError(f"{source} holds a tensor {min(surplus)} that {name} does not have: {mend}")

@@ -49,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     predict_.add_argument("image", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     predict_.add_argument(
         "--model",
-        default=next(iter(MANIFEST), None),
+        default=next((name for name, entry in MANIFEST.items() if entry["location"] == "package"), None),
         required=not MANIFEST,
         help="a release, hf-hub:ORG/NAME or local-dir:FOLDER (default: %(default)s)",
     )

@@ -4,6 +4,7 @@ The manifest lists the releases: name and tag, where the weights are, their size
 generates it from the folders in model_cards.
 """
 
+import errno
 import json
 import os
 import time
@@ -76,7 +77,12 @@ def release_weights(name: str, cache_dir: str | Path | None = None) -> dict[str,
     path = release_file(name)
     if path is not None:
         return read_tensors(read_verified(path, entry["sha256"], entry["bytes"]), str(path))
-    data = fetch(repository(name), WEIGHTS, entry["revision"], cache_dir, digest=entry["sha256"])
+    try:
+        data = fetch(repository(name), WEIGHTS, entry["revision"], cache_dir, digest=entry["sha256"])
+    except UserError as error:
+        if entry["location"] != "repository":
+            raise
+        raise UserError(f"{error}. A checkout of risotto-zoo has it: local-dir:model_cards/{name}") from None
     return read_tensors(data, f"{repository(name)}/{WEIGHTS}")
 
 
@@ -136,15 +142,16 @@ def fetch(
             known = patiently(lambda url=url: huggingface_hub.get_hf_file_metadata(url, timeout=_HEAD_SECONDS))
         except Exception as error:
             if cached is None or not (_may_pass(error) or isinstance(error, OfflineModeIsEnabled)):
-                raise explained(error, what, repo_id, _by_hand(repo_id)) from None
-            return read_verified(cached, _hash_in(cached))
+                raise explained(error, what, repo_id, _by_hand(repo_id, revision)) from None
+            return read_verified(cached, digest or _known_hash(cached, what))
         if digest is not None and known.etag != digest:
             raise UserError(f"{what} is not the file this version of risotto-zoo knows; install the newest risotto-zoo")
         path = _download(repo_id, filename, revision, cache_dir, what)
         try:
-            return read_verified(path, known.etag if _is_hash(known.etag) else None, known.size)
+            return read_verified(path, known.etag if _is_hash(known.etag) else _known_hash(path, what), known.size)
         except UserError as error:
             _forget(path)
+            cached = None
             if attempt == 2:
                 raise UserError(f"{what} did not arrive as the Hub describes it; nothing was kept ({error})") from None
     raise AssertionError
@@ -157,7 +164,7 @@ def _download(repo_id: str, filename: str, revision: str | None, cache_dir: str 
         )
         return Path(patiently(call))
     except Exception as error:
-        raise explained(error, what, repo_id, _by_hand(repo_id)) from None
+        raise explained(error, what, repo_id, _by_hand(repo_id, revision)) from None
 
 
 def patiently(call: Callable[[], _T]) -> _T:
@@ -173,8 +180,9 @@ def patiently(call: Callable[[], _T]) -> _T:
     return call()
 
 
-def _by_hand(repo_id: str) -> str:
-    return f", or `hf download {repo_id} --local-dir FOLDER` where there is a network, then local-dir:FOLDER"
+def _by_hand(repo_id: str, revision: str | None) -> str:
+    what = f"{repo_id} --revision {revision}" if revision else repo_id
+    return f", or `hf download {what} --local-dir FOLDER` where there is a network, then local-dir:FOLDER"
 
 
 def explained(error: Exception, what: str, repo_id: str, instead: str = "") -> Exception:
@@ -197,7 +205,7 @@ def explained(error: Exception, what: str, repo_id: str, instead: str = "") -> E
         return UserError(f"{what}: the repository has no such revision; see {place}/{repo_id}/tree/main")
     if isinstance(error, RepositoryNotFoundError) or status == 401:
         return UserError(
-            f"{what}: there is no such repository at {place}, or it is private and the token does not open it; "
+            f"{what}: there is no such repository at {place}, or the token is missing, wrong or does not open it; "
             "check the name, and log in with `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
@@ -213,11 +221,17 @@ def explained(error: Exception, what: str, repo_id: str, instead: str = "") -> E
     if isinstance(error, HFValidationError):
         return UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}")
     if isinstance(error, OSError) and error.errno is not None and not _may_pass(error):
-        return UserError(f"{what} cannot be stored: {error.strerror} ({error.filename or 'the cache'}); make room")
+        mend = "make room" if error.errno == errno.ENOSPC else "see who may write there, or set HF_HOME"
+        return UserError(f"{what} cannot be stored: {error.strerror} ({error.filename or 'the cache'}); {mend}")
     if "onsistency check" in str(error):
         return UserError(f"{what}: the download was cut short, again and again; nothing was kept. Try again later")
     if _may_pass(error):
         return UserError(f"{what}: the Hub at {place} cannot be reached; try again{instead}")
+    if _is_xet(error):
+        reason = str(error).split("\n")[0] or type(error).__name__
+        return UserError(
+            f"{what}: the Hub's storage refused ({reason}); try again, or set HF_HUB_DISABLE_XET=1{instead}"
+        )
     return error
 
 
@@ -245,6 +259,11 @@ def _may_pass(error: Exception) -> bool:
     return network or cut_short or isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError))
 
 
+def _is_xet(error: Exception) -> bool:
+    """Whether the Hub's storage backend failed; its package raises kinds of its own, and plain RuntimeErrors."""
+    return type(error).__name__.startswith("Xet") or type(error) is RuntimeError
+
+
 def _is_hash(etag: str | None) -> bool:
     return etag is not None and len(etag) in (40, 64) and set(etag) <= set("0123456789abcdef")
 
@@ -252,6 +271,18 @@ def _is_hash(etag: str | None) -> bool:
 def _hash_in(cached: Path) -> str | None:
     name = cached.resolve().name
     return name if _is_hash(name) else None
+
+
+def _known_hash(cached: Path, what: str) -> str:
+    """The hash that the cache keeps a file by.
+
+    Raises:
+        UserError: If there is none (a cache without symbolic links, a server that states no hash).
+    """
+    digest = _hash_in(cached)
+    if digest is None:
+        raise UserError(f"{what}: nobody says what its hash should be, so it cannot be verified; load it as local-dir:")
+    return digest
 
 
 def _forget(path: Path) -> None:

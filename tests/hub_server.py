@@ -23,12 +23,11 @@ def git_sha1(data):
 
 @dataclass
 class Fault:
-    """Happens to requests whose 'METHOD /path' matches, `times` times (None: always), after the first `skip`."""
+    """Happens to requests whose 'METHOD /path' matches, `times` times (None: always)."""
 
     pattern: str
-    kind: object  # a status code, 'drop', 'truncate', 'flip' or 'slow'
+    kind: object  # a status code, 'drop', 'lose', 'truncate', 'flip' or 'slow'
     times: int | None = 1
-    skip: int = 0
 
 
 @dataclass
@@ -73,8 +72,8 @@ class Hub:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
-    def fail(self, pattern, kind, times=1, skip=0):
-        self.faults.append(Fault(pattern, kind, times, skip))
+    def fail(self, pattern, kind, times=1):
+        self.faults.append(Fault(pattern, kind, times))
 
     def put(self, repo_id, files, tag=None):
         """Publish files directly, as somebody else would have."""
@@ -92,9 +91,6 @@ class Hub:
         with self.lock:
             for fault in self.faults:
                 if re.search(fault.pattern, request) and fault.times != 0:
-                    if fault.skip:
-                        fault.skip -= 1
-                        continue
                     if fault.times is not None:
                         fault.times -= 1
                     return fault.kind
@@ -147,6 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps({"error": message}).encode(), headers)
 
     def _send(self, status, body, headers, length=None):
+        if self.damage == "lose":  # it was done, and nobody hears of it
+            self.close_connection = True
+            self.connection.close()
+            return
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)

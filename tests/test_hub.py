@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hub_server import TOKEN
 
 import risotto_zoo
 from risotto_zoo import hub as fetching
-from risotto_zoo.checkpoints import WEIGHTS
+from risotto_zoo.checkpoints import WEIGHTS, model_config, save_model
 from risotto_zoo.cli import main as cli
 from risotto_zoo.errors import UserError
 from risotto_zoo.files import sha256
@@ -208,6 +209,32 @@ def test_private_is_not_granted_to_a_public_repository(folder, published, hub, c
     assert "is public" in one_line(command(publish.main, folder, "--repo-id", REPO, "--private"))
 
 
+def test_a_repository_of_something_else_is_left_alone(folder, published, hub, command):
+    for files in ({"notes.ipynb": b"{}", "README.md": b"mine"}, {"results.json": b'{"name": "another"}'}):
+        hub.put("somebody/else", files)
+        assert "something else" in one_line(command(publish.main, folder, "--repo-id", "somebody/else"))
+        assert hub.repos["somebody/else"].commits[hub.repos["somebody/else"].branches["main"]] == files
+
+
+def test_an_older_version_does_not_replace_a_newer_one(folder, published, hub, command, tmp_path):
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    version_up(folder)
+    assert command(publish.main, folder, "--repo-id", REPO).code == 0
+    before = hub.repos[REPO].branches["main"]
+    assert "newer than v1" in one_line(command(publish.main, older, "--repo-id", REPO))
+    assert hub.repos[REPO].branches["main"] == before
+    assert command(publish.main, older, "--repo-id", REPO, "--revision", "old").code == 0
+
+
+def test_the_answer_to_a_commit_that_went_through_may_be_lost(folder, published, hub, command):
+    version_up(folder)
+    hub.fail(COMMIT, "lose")
+    result = command(publish.main, folder, "--repo-id", REPO)
+    repo = hub.repos[REPO]
+    assert result.code == 0 and len(repo.commits) == 2 and repo.tags["v2"] == repo.branches["main"], result
+
+
 def test_a_version_is_never_changed(folder, published, hub, command):
     hub.repos[REPO].commits[hub.repos[REPO].tags["v1"]]["config.json"] = b"others"
     assert "does not change" in one_line(command(publish.main, folder, "--repo-id", REPO))
@@ -324,6 +351,25 @@ def test_only_safetensors_are_read_from_a_folder(folder):
         timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
+def test_a_configuration_cannot_send_anyone_to_another_file(published, hub, tmp_path):
+    """Neither to a pickle, for architectures of timm, nor to a file on this machine, for ours."""
+    config = json.loads(published["config.json"])
+    config["pretrained_cfg"]["file"] = str(tmp_path / "other.safetensors")
+    safetensors.torch.save_file({"fc.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
+    hub.put(REPO, {**published, "config.json": json.dumps(config).encode()})
+    model = timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+    assert torch.equal(model.fc.bias, safetensors.torch.load(published[WEIGHTS])["fc.bias"])
+    for asked in ({"hf_hub_filename": "evil.bin"}, {"custom_load": "hf"}):
+        other = {"architecture": "resnet10t", "num_classes": 3, "pretrained_cfg": {"num_classes": 3, **asked}}
+        files = {"config.json": json.dumps(other).encode(), WEIGHTS: published[WEIGHTS], "evil.bin": b"\x80\x04K\x01."}
+        hub.put("evil/config", files)
+        with pytest.raises(UserError, match=r"only model.safetensors is read"):
+            risotto_zoo.load("hf-hub:evil/config")
+    assert not any("evil.bin" in request for request in hub.requests)
+    with pytest.raises(UserError, match="no safetensors on the Hub"):
+        risotto_zoo.load("gcvit_xxtiny")
+
+
 def test_a_revision_a_repository_and_a_file_that_are_not_there(published, hub):
     with pytest.raises(UserError, match="no such revision"):
         risotto_zoo.load(f"hf-hub:{REPO}", revision="v9")
@@ -358,13 +404,47 @@ def test_a_release_that_is_on_the_hub_alone(folder, hub, monkeypatch):
         timm.create_model("risotto_resnet20", **args)
 
 
+def test_the_manifests_hash_counts_without_a_network_too(folder, hub, monkeypatch):
+    """The cache holds another file under the release's name, whole by the Hub's word, and the Hub is out of order."""
+    args, name = hub_only(monkeypatch, folder, hub)
+    version_up(folder)
+    hub.put(fetching.repository(name), {WEIGHTS: (folder / WEIGHTS).read_bytes()}, tag="v1")
+    huggingface_hub.hf_hub_download(fetching.repository(name), WEIGHTS, revision="v1")
+    hub.fail(".*", 503, times=None)
+    with pytest.raises(UserError, match="damaged or was changed"):
+        timm.create_model("risotto_resnet20", **args)
+
+
+@pytest.mark.parametrize(
+    ("step", "kind"), [(step, kind) for step in ("HEAD .*/resolve/", "GET /cdn/") for kind in (404, 503, "drop")]
+)
+def test_a_lasting_fault_on_the_way_to_a_release_is_one_line(step, kind, folder, hub, monkeypatch):
+    args, _ = hub_only(monkeypatch, folder, hub)
+    hub.fail(step, kind, times=None)
+    with pytest.raises(UserError):
+        timm.create_model("risotto_resnet20", **args)
+    hub.faults.clear()
+    model = timm.create_model("risotto_resnet20", **args)
+    assert torch.equal(logits(model), logits(timm.create_model(f"local-dir:{folder}", pretrained=True)))
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate", 404, 503, "drop"])
+def test_a_lasting_fault_of_the_weights_reaches_users_of_timm_in_one_line(kind, published, hub):
+    hub.fail("GET /cdn/", kind, times=None)
+    with pytest.raises(UserError):
+        timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+    hub.faults.clear()
+    assert logits(timm.create_model(f"hf-hub:{REPO}", pretrained=True)).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["risotto_resnet20.elsewhere", "hf-hub:somebody/else", "resnet18"])
 def test_without_a_network_it_says_so_soon(name, tmp_path):
     """In a new process whose Hub takes connections and never answers."""
     script = (
         "import sys, time, warnings; warnings.simplefilter('ignore')\n"
         "import risotto_zoo\nfrom risotto_zoo import errors, hub\n"
-        "hub.MANIFEST['risotto_resnet20.elsewhere'] = {'revision': 'v1', 'bytes': 1, 'sha256': '0' * 64}\n"
+        "hub.MANIFEST['risotto_resnet20.elsewhere'] = {'location': 'hub', 'revision': 'v1', 'bytes': 1,"
+        " 'sha256': '0' * 64}\n"
         "start = time.monotonic()\n"
         "try:\n"
         "    hub.release_weights(sys.argv[1]) if 'elsewhere' in sys.argv[1] else risotto_zoo.load(sys.argv[1])\n"
@@ -416,6 +496,9 @@ def test_every_single_byte_counts(folder):
         (lambda s: s.update({"fc.bias": torch.zeros(11)}), "fc.bias has shape"),
         (lambda s: s["conv1.weight"].view(-1)[:1].fill_(float("nan")), "conv1.weight holds values that are not finite"),
         (lambda s: s["fc.bias"][:1].fill_(float("inf")), "not finite"),
+        (lambda s: s.update({"fc.bias": torch.zeros(10, dtype=torch.complex64)}), "fc.bias is complex64"),
+        (lambda s: s.update({"fc.bias": torch.zeros(10).to(torch.float8_e5m2)}), "fc.bias is float8_e5m2"),
+        (lambda s: s.update({"fc.bias": torch.zeros(10, dtype=torch.int64)}), "fc.bias is torch.int64, but"),
     ],
 )
 @pytest.mark.parametrize("arguments", [{}, {"num_classes": 3, "in_chans": 3}, {"features_only": True}])
@@ -480,6 +563,17 @@ def test_results_that_do_not_give_the_hash_are_told(sums, folder):
     (folder / "results.json").write_text(sums)
     with pytest.raises(UserError, match="cannot be verified"):
         timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_a_net_with_parameters_of_its_scheme_loads_from_its_folder(tmp_path):
+    model = timm.create_model("risotto_resnet20", init="fixup", seed=0)
+    torch.nn.init.normal_(model.layer1[0].biases)
+    cfg = model.pretrained_cfg
+    data = {key: cfg[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    config = model_config(model, [str(i) for i in range(10)], data, {"init": "fixup"})
+    save_model(tmp_path, model.state_dict(), config)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert torch.equal(loaded.layer1[0].biases, model.layer1[0].biases)
 
 
 def test_half_precision_files_load_as_float32(folder):

@@ -6,6 +6,8 @@ interruption it completes what is missing.
 """
 
 import argparse
+import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from risotto_zoo.checkpoints import WEIGHTS, read_verified
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import git_sha1, sha256
-from risotto_zoo.hub import explained, patiently
+from risotto_zoo.hub import explained, fetch, patiently
 from risotto_zoo.loading import load
 from risotto_zoo.models import create_model
 
@@ -78,7 +80,7 @@ def _check_card(folder: Path) -> None:
             )
     try:
         fresh = card(folder)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path.parent / 'results.json'} lacks what the card tells; release the run again") from None
     if path.read_text(encoding="utf-8") != fresh:
         raise UserError(f"{path} does not say what results.json does; run python -m training.cards or release again")
@@ -94,8 +96,9 @@ def publish(folder: Path, repo_id: str, private: bool = False, revision: str | N
         revision: Branch to commit to; main if None.
 
     Raises:
-        UserError: If the folder is no whole release, the Hub cannot be reached or refuses, the version is published
-            already with other files, or what comes back is not what was sent.
+        UserError: If the folder is no whole release, the Hub cannot be reached or refuses, the repository holds
+            something else or a newer version, the version is published already with other files, or what comes back is
+            not what was sent.
     """
     results = check(folder)
     check_name(repo_id)
@@ -112,6 +115,7 @@ def publish(folder: Path, repo_id: str, private: bool = False, revision: str | N
             )
         if revision is not None:
             patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        _check_place(api, repo_id, revision, results)
         tagged = _tagged(api, repo_id, tag, local)
         commit = _committed(api, repo_id, revision, f"{results['name']} {tag}", local)
         if not tagged:
@@ -130,6 +134,29 @@ def check_name(repo_id: str) -> None:
         raise UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}") from None
     if "/" not in repo_id:
         raise UserError(f"{repo_id!r} is no repository name: write it as ORG/NAME")
+
+
+def _check_place(api: HfApi, repo_id: str, revision: str | None, results: dict[str, Any]) -> None:
+    """Refuse a repository of something else, and to put an older version over a newer one."""
+    there = _files(api, repo_id, revision or "main").keys() - {".gitattributes"}
+    if there:
+        try:
+            before = json.loads(fetch(repo_id, "results.json", revision)) if "results.json" in there else {}
+        except ValueError:
+            before = {}
+        if not isinstance(before, dict) or before.get("name") != results["name"]:
+            raise UserError(
+                f"{repo_id} holds something else than {results['name']} ({', '.join(sorted(there)[:3])}, ...), which "
+                "publishing would replace; name another repository, or empty this one first"
+            )
+    if revision is None:
+        refs = patiently(lambda: api.list_repo_refs(repo_id))
+        newest = max((int(tag.name[1:]) for tag in refs.tags if re.fullmatch(r"v\d+", tag.name)), default=0)
+        if newest > results["version"]:
+            raise UserError(
+                f"{repo_id} holds v{newest} already, which is newer than v{results['version']}; an older version is "
+                "published beside it with --revision BRANCH"
+            )
 
 
 def _tagged(api: HfApi, repo_id: str, tag: str, local: dict[str, bytes]) -> bool:
@@ -160,24 +187,29 @@ def _files(api: HfApi, repo_id: str, revision: str) -> dict[str, str]:
 def _committed(api: HfApi, repo_id: str, revision: str | None, message: str, local: dict[str, bytes]) -> str:
     """The commit of the branch that holds these files and no others, made if it is not there."""
     branch = revision or "main"
-    there = _files(api, repo_id, branch)
-    surplus = sorted(there.keys() - local.keys() - {".gitattributes"})
-    new = [name for name, data in local.items() if there.get(name) not in (sha256(data), git_sha1(data))]
-    if not new and not surplus:
-        say(f"{repo_id} holds these files already")
-        return patiently(lambda: api.model_info(repo_id, revision=branch)).sha
-    say(f"uploading {sum(len(local[name]) for name in new) / 1e6:.1f} MB to {repo_id}")
-    operations = [CommitOperationAdd(name, local[name]) for name in new]
-    operations += [CommitOperationDelete(name) for name in surplus]
-    make = lambda: api.create_commit(repo_id, operations, commit_message=message, revision=revision)  # noqa: E731
-    return patiently(make).oid
+
+    def attempt() -> str:
+        there = _files(api, repo_id, branch)  # anew each time: the answer to a commit that went through may be lost
+        surplus = sorted(there.keys() - local.keys() - {".gitattributes"})
+        new = [name for name, data in local.items() if there.get(name) not in (sha256(data), git_sha1(data))]
+        if not new and not surplus:
+            say(f"{repo_id} holds these files already")
+            return api.model_info(repo_id, revision=branch).sha
+        say(f"uploading {sum(len(local[name]) for name in new) / 1e6:.1f} MB to {repo_id}")
+        if surplus:
+            say(f"removing what is not of the release: {', '.join(surplus)}")
+        operations = [CommitOperationAdd(name, local[name]) for name in new]
+        operations += [CommitOperationDelete(name) for name in surplus]
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision).oid
+
+    return patiently(attempt)
 
 
 def _verify(repo_id: str, commit: str, local: dict[str, bytes]) -> None:
     """Download the commit into an empty cache, compare every file, and the logits of the two models."""
     with tempfile.TemporaryDirectory() as cache:
-        fetch = lambda: snapshot_download(repo_id, revision=commit, cache_dir=cache)  # noqa: E731
-        snapshot = Path(patiently(fetch))
+        download = lambda: snapshot_download(repo_id, revision=commit, cache_dir=cache)  # noqa: E731
+        snapshot = Path(patiently(download))
         for name, data in local.items():
             path = snapshot / name
             if not path.is_file() or sha256(path.read_bytes()) != sha256(data):

@@ -1,5 +1,6 @@
 """The networks of the zoo; importing this package registers them with timm."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,33 @@ def _verify_source(source: str | None, place: str, pretrained: bool, cache_dir: 
     """Fetch and verify what timm is about to read: it would take pickles, too, and wait long for a missing network."""
     if source == "hf-hub":
         repo_id, _, revision = place.partition("@")
-        for filename in ("config.json", WEIGHTS)[: 1 + pretrained]:
-            fetch(repo_id, filename, revision or None, cache_dir)
+        config = fetch(repo_id, "config.json", revision or None, cache_dir)
+        if pretrained:
+            _refuse_other_weights(config, place)
+            fetch(repo_id, WEIGHTS, revision or None, cache_dir)
     elif source == "local-dir":
         check_config(Path(place))
         if pretrained:
+            _refuse_other_weights((Path(place) / "config.json").read_bytes(), place)
             folder_weights(Path(place))
     elif pretrained and not place.startswith("risotto_"):
         cfg = timm.get_pretrained_cfg(place)
-        if cfg is not None and cfg.hf_hub_id:
-            fetch(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir)
+        if cfg is None or not cfg.has_weights:
+            return  # timm says so itself
+        if not cfg.hf_hub_id or not (cfg.hf_hub_filename or WEIGHTS).endswith(".safetensors"):
+            raise UserError(f"{place}: its weights are no safetensors on the Hub, and no other format is read")
+        fetch(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir)
+
+
+def _refuse_other_weights(config: bytes, place: str) -> None:
+    """A repository's configuration can send timm to another file than the one that is verified, a pickle even."""
+    try:
+        pretrained_cfg = json.loads(config).get("pretrained_cfg") or {}
+        other = pretrained_cfg.get("hf_hub_filename") or pretrained_cfg.get("custom_load")
+    except (ValueError, AttributeError):
+        raise UserError(f"{place}: its config.json is not in timm's format") from None
+    if other and other != WEIGHTS:
+        raise UserError(f"{place}: its config.json asks for {other!r} as weights; only {WEIGHTS} is read")
 
 
 def saved_arguments(name: str | None) -> dict[str, Any]:

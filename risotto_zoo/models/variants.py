@@ -100,13 +100,14 @@ def _verified_weights(cfg: dict[str, Any], cache_dir: str | Path | None) -> dict
     """The tensors that a pretrained cfg stands for, from wherever it says, hashes checked first."""
     if cfg.get("source") == "local-dir":
         return folder_weights(Path(cfg["file"]))
+    if cfg.get("source") == "hf-hub":  # whatever else the repository's own configuration names
+        return _of_repository(cfg["hf_hub_id"], cache_dir)
     name = f"{cfg['architecture']}.{cfg.get('tag') or ''}"
     ours = _release_cfg(name, MANIFEST[name]) if name in MANIFEST else {}
     if cfg.get("file") and cfg["file"] != ours.get("file"):  # the caller's own, by pretrained_cfg_overlay
         return read_tensors(read_verified(Path(cfg["file"])), cfg["file"])
     if cfg.get("hf_hub_id") and cfg["hf_hub_id"] != ours.get("hf_hub_id"):
-        repo_id, _, revision = cfg["hf_hub_id"].partition("@")
-        return hub_weights(repo_id, revision or None, cache_dir)
+        return _of_repository(cfg["hf_hub_id"], cache_dir)
     if cfg.get("url"):
         raise UserError(
             f"{cfg['architecture']}: weights from a URL cannot be verified; download them and name the file"
@@ -115,6 +116,11 @@ def _verified_weights(cfg: dict[str, Any], cache_dir: str | Path | None) -> dict
         return release_weights(name, cache_dir)
     released = ", ".join(MANIFEST) or "none yet"
     raise UserError(f"{cfg['architecture']} has no pretrained weights; released are: {released}")
+
+
+def _of_repository(hub_id: str, cache_dir: str | Path | None) -> dict[str, Tensor]:
+    repo_id, _, revision = hub_id.partition("@")
+    return hub_weights(repo_id, revision or None, cache_dir)
 
 
 def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet]:
@@ -132,7 +138,8 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
             cfg |= {"source": "", "state_dict": {"stands for": "verified weights"}}
         asked = kwargs.get("num_classes", cfg["num_classes"]), kwargs.get("in_chans", cfg["input_size"][0])
         whole = pretrained and asked == (cfg["num_classes"], cfg["input_size"][0]) and not kwargs.get("features_only")
-        blank = {"init": None} if whole else {}  # every weight is about to be overwritten
+        # Every weight is about to be overwritten, so none is drawn; Fixup has parameters of its own, so it is made.
+        blank = {"init": None} if whole and kwargs.get("init") != "fixup" else {}
 
         def checked(_: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
             check_state(weights, model, cfg)
