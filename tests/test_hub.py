@@ -685,12 +685,28 @@ def test_release_refuses(run, tmp_path, command):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_args": {"skip": "projection"}}))
     assert "changed skip" in refused(copy, "--tag", "digits")
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace("holdout: 0.0", "holdout: 0.1"))
+    assert "held-out training images" in refused(copy, "--tag", "digits")
     results = json.loads((copy / "results.json").read_text())
     (copy / "results.json").write_text(json.dumps({**results, "finished": False}))
     assert "no finished run" in refused(copy, "--tag", "digits")
     (copy / "results.json").write_text(json.dumps(results))
     (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-4])
     assert "damaged" in refused(copy, "--tag", "digits")
+
+
+def test_a_card_names_what_a_model_was_tuned_from_and_how_its_baselines_differ(run, folder):
+    results = json.loads((folder / "results.json").read_text())
+    assert results["baselines"][0]["differs"] == []
+    results |= {"init_from": "hf-hub:somebody/model@v2"}
+    results["baselines"][0]["differs"] = ["model", "optimizer.lr"]
+    (folder / "results.json").write_text(json.dumps(results))
+    text = cards.card(folder)
+    assert "base_model: somebody/model\n" in text and "fine-tuned from hf-hub:somebody/model@v2" in text
+    assert "by the same recipe, but for model, optimizer.lr." in text
+    assert cards._base_model("risotto_resnet20.cifar10-jpeg") == "risotto-zoo/risotto_resnet20.cifar10-jpeg"
+    assert cards._base_model("local-dir:runs/digits") is None
 
 
 def test_cards_and_manifest_are_fresh_and_a_stale_one_is_told(command, monkeypatch):

@@ -43,7 +43,7 @@ def toy(tmp_path, monkeypatch):
 def test_a_row_is_trained_once_and_released_with_its_twin(toy, command, tmp_path, monkeypatch):
     result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu")
     assert result.code == 0, result.err
-    names = {path.name for path in (toy / "model_cards").iterdir()}
+    names = {path.name for path in (toy / "model_cards").iterdir() if path.is_dir()}
     assert names == {"risotto_resnet20.digits", "risotto_resnet20_bn.digits"}
     manifest = json.loads((toy / "risotto_zoo" / "manifest.json").read_text())
     for name in names:

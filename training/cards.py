@@ -128,7 +128,7 @@ def card(folder: Path, repo_id: str | None = None) -> str:
         _what(model, result, config, data),
         "## Results",
         _results(result),
-        _data(data),
+        f"**Data.** {data['caveat']}",
         "## Use",
         _use(repo_id, config, result),
         "## Fine-tune",
@@ -140,7 +140,7 @@ def card(folder: Path, repo_id: str | None = None) -> str:
     ]
     if result["isometry"] is not None:
         parts += ["## At initialization", _isometry(result)]
-    parts += ["## Limits", _limits(result, config), "## Source", _SOURCE]
+    parts += ["## Limits", _limits(config), "## Source", _SOURCE]
     return "\n\n".join(parts) + "\n"
 
 
@@ -148,9 +148,9 @@ def pages() -> dict[Path, str]:
     """Every generated file, as it should be."""
     readme = ROOT / "README.md"
     absent = [f"{name}/{WEIGHTS}" for name, result in releases().items() if result["location"] == "hub"]
-    ignored = "".join(f"{line}\n" for line in ["# weights that are on the Hub alone", *absent])
+    ignored = "".join(f"{line}\n" for line in ["# Generated: weights that are on the Hub alone.", *absent])
     return {
-        **({CARDS / ".gitignore": ignored} if absent else {}),
+        CARDS / ".gitignore": ignored,
         **{folder / "README.md": card(folder) for folder in _folders()},
         PACKAGE / "manifest.json": manifest(),
         readme: between(readme.read_text(encoding="utf-8"), "results", results_table()),
@@ -225,8 +225,17 @@ def _metadata(name: str, result: dict[str, Any], data: dict[str, Any]) -> ModelC
             EvalResult(metric_type=kind, metric_name=title, metric_value=round(100 * value, 4), **common)
             for kind, title, value in values
         ],
+        base_model=_base_model(result.get("init_from")),
         ignore_metadata_errors=False,
     )
+
+
+def _base_model(init_from: str | None) -> str | None:
+    """The Hub repository that a fine-tuned model began from, if it has one."""
+    source, _, place = (init_from or "").rpartition(":")
+    if init_from is None or source == "local-dir":
+        return None
+    return place.partition("@")[0] if source else f"{DEFAULT_ORGANIZATION}/{place}"
 
 
 def _what(model: str, result: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> str:
@@ -234,6 +243,8 @@ def _what(model: str, result: dict[str, Any], config: dict[str, Any], data: dict
     kind = "with batch normalization" if model.endswith("_bn") else "without any normalization"
     paper = "initialized by RISOTTO ([arXiv 2210.02411](https://arxiv.org/abs/2210.02411))"
     start = paper if result["init"] == "risotto" else f"initialized by the scheme '{result['init']}' of risotto-zoo"
+    if "init_from" in result:
+        start = f"fine-tuned from {result['init_from']}"
     return (
         f"A ResNet {kind}, {start}, trained on {data['title']}: "
         f"{config['num_classes']} classes, {side[0]} x {side[1]} x {side[2]} inputs, "
@@ -254,16 +265,13 @@ def _results(result: dict[str, Any]) -> str:
             f"| {row['epochs']}, {row['seed']} | {duration(row['train_seconds'])} on {row['hardware']} |"
         )
     images, averaged = result["evaluation"]["images"], "averaged" in result
-    beside = " The other rows were trained on the same files by the same recipe, but for model and learning rate."
+    keys = sorted({key for row in result["baselines"] for key in row.get("differs", ["model", "optimizer.lr"])})
+    beside = f" The other rows were trained on the same files by the same recipe, but for {', '.join(keys)}."
     note = f"On {images:,} test images, in float32, after the last epoch; nothing was chosen by them"
     note += f", but that of raw and averaged weights the {result['weights']} ones were kept." if averaged else "."
     if result["baselines"]:
         note += beside
     return "\n".join(rows) + f"\n\n{note}\n\n![Learning curves](curves.png)"
-
-
-def _data(data: dict[str, Any]) -> str:
-    return f"**Data.** {data['caveat']}"
 
 
 def _use(repo_id: str, config: dict[str, Any], result: dict[str, Any]) -> str:
@@ -298,16 +306,18 @@ model = timm.create_model("{plain}", num_classes={config["num_classes"]}, checkp
 
 
 def _finetunes(result: dict[str, Any]) -> str:
-    rows = ["| data | training images, epochs | from these weights | from scratch |", "|---|---|---|---|"]
+    rows = [
+        "| data | training images, epochs | from these weights | from scratch | judged on |",
+        "|---|---|---|---|---|",
+    ]
     for sides in result["finetunes"]:
         tuned, scratch = sides["tuned"], sides["scratch"]
         rows.append(
             f"| {Path(tuned['data']).name} at {tuned['size']} px | {tuned['train_images']:,}, {tuned['epochs']} "
-            f"| {_score(tuned)} | {_score(scratch)} |"
+            f"| {_score(tuned)} | {_score(scratch)} | {tuned['evaluation']['images']:,} images |"
         )
-    images = result["finetunes"][0]["tuned"]["evaluation"]["images"]
     return "\n".join(rows) + (
-        f"\n\nTop-1 on {images:,} held-out images, one seed; the runs from scratch are of the same architecture, with "
+        "\n\nTop-1 on images that were held out, one seed; the runs from scratch are of the same architecture, with "
         "the optimizer that it was first trained with.\n\n![Fine-tuning](finetune.png)"
     )
 
@@ -350,7 +360,7 @@ def _isometry(result: dict[str, Any]) -> str:
     )
 
 
-def _limits(result: dict[str, Any], config: dict[str, Any]) -> str:
+def _limits(config: dict[str, Any]) -> str:
     return (
         f"It knows {config['num_classes']} classes and answers with one of them whatever it is shown. One seed was "
         f"trained; the interval above is that of the test images, not of training. It has not been tested for "

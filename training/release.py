@@ -72,6 +72,8 @@ def release(
     results, state = _finished(run)
     config = read_json(run / "config.json")
     recipe = load_recipe(str(run / "recipe.yaml"))
+    if recipe.data.holdout:
+        raise UserError(f"{run} was judged on held-out training images; a release needs a run with data.holdout: 0")
     _check_plain(config, state, run)
     name = f"{config['architecture']}.{tag}"
     better = results.pop("better", "raw")
@@ -104,7 +106,11 @@ def release(
         "sha256": sums,
         "evaluation": score,
         "init": config["model_args"].get("init", "risotto"),
-        "baselines": [_baseline(path, results) for path in baselines],
+        **({"init_from": recipe.init_from} if recipe.init_from is not None else {}),
+        "baselines": [
+            {**_baseline(path, results), "differs": _differences(recipe, load_recipe(str(path / "recipe.yaml")))}
+            for path in baselines
+        ],
         "isometry": _isometry(config, recipe),
         "finetunes": before.get("finetunes", []) if finetunes is None else [_finetune(*pair) for pair in finetunes],
     }
@@ -178,6 +184,21 @@ def _baseline(run: Path, ours: dict[str, Any]) -> dict[str, Any]:
     kept = ("model", "epochs", "seed", "train_seconds", "hardware", "parameters")
     score = results[results.get("better", "raw")]
     return {**{key: results[key] for key in kept}, "evaluation": score}
+
+
+def _differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """The recipe's keys that two runs do not share, but for what cannot change the outcome."""
+    sides = [_flat(recipe.model_dump()) for recipe in (ours, theirs)]
+    idle = ("save_minutes", "resume", "log_every", "tensorboard")
+    keys = sorted(sides[0].keys() | sides[1].keys())
+    return [key for key in keys if key not in idle and sides[0].get(key) != sides[1].get(key)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
 
 
 def _finetune(tuned: Path, scratch: Path) -> dict[str, Any]:
@@ -266,6 +287,8 @@ def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, byte
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
     finally:
+        if old.exists() and not folder.exists():  # the second of two renames failed
+            old.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
         staged.unlink(missing_ok=True)
 
