@@ -197,7 +197,7 @@ def test_a_set_too_large_for_memory_names_the_streaming_pipeline(folder, monkeyp
 
     memory = namedtuple("memory", "available")
     monkeypatch.setattr("psutil.virtual_memory", lambda: memory(48 * 3 * 32 * 32))
-    with pytest.raises(UserError, match="pipeline to streaming"):
+    with pytest.raises(UserError, match=r"stream it: data.pipeline=streaming"):
         load_set(str(folder), True, VIEW, progress=False)
 
 

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,8 @@ ELSEWHERE = {  # commands that run somewhere else, and where
     "torchrun": "with two processes in test_training.py",
     "python train.py": "in a checkout of timm",
     "python validate.py": "in a checkout of timm",
+    "python benchmark.py": "in a checkout of timm",
+    'python -c "import runpy': "below, with a script of our own",
 }
 
 
@@ -87,6 +91,20 @@ def run(line, images, command):
 def test_what_is_left_out_runs_elsewhere():
     every = re.findall(r"^```bash\n(.*?)^```", README, re.S | re.M)
     assert all(any(start in block for block in every) for start in ELSEWHERE)
+
+
+def test_scripts_of_others_know_the_models(tmp_path):
+    """The README's line for any script, on one that does what timm's scripts do with their arguments."""
+    (line,) = [line for line in README.splitlines() if "runpy" in line]
+    (tmp_path / "onnx_export.py").write_text(
+        "import argparse, timm\n"
+        "parser = argparse.ArgumentParser()\nparser.add_argument('output')\nparser.add_argument('--model')\n"
+        "args = parser.parse_args()\n"
+        "print(args.output, timm.create_model(args.model, device='meta').num_features)\n"
+    )
+    words = [sys.executable, *shlex.split(line)[1:]]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["out.onnx", "2048"]
 
 
 def test_from_the_first_run_to_the_hub_and_back(home, images, command):

@@ -129,14 +129,17 @@ def _waiting(name: str, source: Path, args: argparse.Namespace, device: torch.de
     settings = {"augment": {"flip": True, "shift": 4}, "batch_size": args.batch, "model": name}
     recipe = validate({**settings, "data": {"source": str(source), "image_size": side}}, "benchmark")
     pipeline = build_pipeline(recipe, View.of({**config, "input_size": (3, side, side)}), World(0, 1, device))
-    model = create_model(name, num_classes=len(pipeline.classes)).to(device).train()
+    model = create_model(name, num_classes=len(pipeline.classes))
+    model.to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(model, recipe)
     batches = pipeline.epoch(0)
     current: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def work() -> None:
         images, targets = current.pop()
-        F.cross_entropy(model(images), targets).backward()
+        with _autocast(args, device):
+            logits = model(images)
+        F.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -144,7 +147,7 @@ def _waiting(name: str, source: Path, args: argparse.Namespace, device: torch.de
     for _ in range(min(args.rounds + 1, pipeline.steps_per_epoch)):
         waited = _seconds(lambda: current.append(next(batches)))
         times.append((waited, waited + _seconds(work)))
-    return _row(f"{name}, waiting for a batch", "its whole step", times[1:] or times)
+    return _row(f"{name}, waiting for a batch, {args.amp or 'float32'}", "its whole step", times[1:] or times)
 
 
 def _step(name: str, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
@@ -429,7 +432,7 @@ def _inference_notes(row: Row) -> str:
         return ""
     text = f"; {row.images / row.ours:.0f} and {row.images / row.theirs:.0f} images/s"
     if None not in row.memory:
-        text += f", peak {row.memory[0] / 2**20:.0f} and {row.memory[1] / 2**20:.0f} MiB"
+        text += f", activations {row.memory[0] / 2**20:.0f} and {row.memory[1] / 2**20:.0f} MiB"
     return text
 
 

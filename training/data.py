@@ -25,6 +25,7 @@ from risotto_zoo.errors import UserError
 from risotto_zoo.images import UnreadableImage, read_image, to_mode
 
 VALIDATION_FOLDERS = ("val", "validation", "test")
+STREAM = "stream it: data.pipeline=streaming in training, --stream in evaluation"
 TIMM_SCHEMES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
@@ -151,7 +152,7 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
     if source.startswith(TIMM_SCHEMES):
         dataset = timm_dataset(source, training, split, root)
         if isinstance(dataset, IterableDataset):
-            raise UserError(f"{source} can only be read in order; set data.pipeline to streaming")
+            raise UserError(f"{source} can only be read in order; {STREAM}")
         classes = getattr(getattr(dataset, "dataset", dataset), "classes", None) or _class_names(dataset)
         return Source(source, list(range(len(dataset))), list(classes), dataset, Path(root) if root else None)
     folder = split_folder(Path(source), training)
@@ -279,7 +280,7 @@ def _check_memory(count: int, image_bytes: int, free: int, where: str) -> None:
     if need > 0.6 * free:
         raise UserError(
             f"{count} images of {image_bytes} bytes take {need / 2**30:.1f} GiB, more than 60% of the "
-            f"{free / 2**30:.1f} GiB free for {where}; set data.pipeline to streaming"
+            f"{free / 2**30:.1f} GiB free for {where}; {STREAM}"
         )
 
 

@@ -134,11 +134,9 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
     view = _view(recipe, config)
     pipeline = build_pipeline(recipe, view, world)
     if world.main and pipeline.unreadable:
-        say(
-            f"{len(pipeline.unreadable)} images could not be read and are left out: "
-            + ", ".join(pipeline.unreadable[:5])
-            + (", ..." if len(pipeline.unreadable) > 5 else "")
-        )
+        say(f"{len(pipeline.unreadable)} images could not be read and are left out:")
+        for line in pipeline.unreadable:
+            say(f"  {line}")
     classes = len(pipeline.classes)
     if wanted_classes not in (None, classes):
         raise UserError(f"model_args.num_classes is {wanted_classes}, but {recipe.data.source} has {classes} classes")

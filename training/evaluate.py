@@ -11,7 +11,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timm.data import resolve_data_config
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from risotto_zoo.errors import UserError, exits_cleanly
@@ -40,7 +41,7 @@ from .corruptions import CORRUPTIONS, STRENGTHS
 from .data import ImageSet, View, load_set
 from .distributed import World, choose_device
 from .export import SUFFIXES, load_exported
-from .pipelines import EVAL_BATCH, validation_batches, validation_set
+from .pipelines import EVAL_BATCH, open_dataset, streamed_batches, validation_batches, validation_set
 from .recipe import Data, load_recipe
 
 Net = Callable[[Tensor], Tensor]
@@ -57,6 +58,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--root", help="where a timm data set string finds its files")
     parser.add_argument("--split", help="split of a timm data set string (default: validation)")
+    parser.add_argument("--stream", action="store_true", help="read the images anew for each model; for large sets")
+    parser.add_argument("--workers", type=int, default=2, help="with --stream: loader processes (default: 2)")
     parser.add_argument("--image-size", type=int, help="side of the images (default: the model's)")
     parser.add_argument("--crop-pct", type=float, help="share of the resized image that is kept (default: the model's)")
     parser.add_argument("--batch-size", type=int, help="images at once (default: as many as fit)")
@@ -74,6 +77,8 @@ def _arguments() -> argparse.Namespace:
         parser.error("--crop-pct is more than 0 and at most 1")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error("--batch-size starts at 1")
+    if args.stream and (args.data is None or args.robustness):
+        parser.error("--stream needs --data, and does not go with --robustness")
     return args
 
 
@@ -81,7 +86,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     args = _arguments()
     device = choose_device(args.device)
-    sets: dict[tuple[View, str], ImageSet] = {}
+    sets: dict[tuple[View, str], ImageSet | Streamed] = {}
     observed: dict[str, Outcomes] = {}
     reports = []
     for name in args.model:
@@ -91,7 +96,8 @@ def main() -> None:
             sets[view, repr(data)] = _images(data, args, view)
             _tell_unreadable(sets[view, repr(data)])
         images = sets[view, repr(data)]
-        net = _in_order_of(images, name, net, classes, labels)
+        images.classes = images.classes or labels or [str(i) for i in range(classes)]
+        net = _in_order_of(images.classes, name, net, classes, labels)
         observed[name] = run(net, images, view, device, args)
         reports.append(_report(name, observed[name], images))
         _print(reports[-1])
@@ -145,22 +151,30 @@ def _adjusted(view: View, args: argparse.Namespace) -> View:
     return replace(view, input_size=(view.input_size[0], side, side), crop_pct=args.crop_pct or view.crop_pct)
 
 
-def run(net: Net, images: ImageSet, view: View, device: torch.device, args: argparse.Namespace) -> Outcomes:
+def run(
+    net: Net, images: "ImageSet | Streamed", view: View, device: torch.device, args: argparse.Namespace
+) -> Outcomes:
     """Observe a model on a set, with half as many images at once each time the device runs out of memory."""
     amp = getattr(torch, args.amp) if args.amp else None
     batch = args.batch_size or max(16, min(EVAL_BATCH, EVAL_BATCH * 64**2 // view.input_size[1] ** 2))
     while True:
         try:
-            return observe(net, _batches(images, view, device, batch), amp)
+            return observe(net, _batches(images, view, device, batch, args.workers), amp)
         except torch.OutOfMemoryError:
             if batch == 1 or args.batch_size:
                 raise UserError(f"{batch} images of {view.input_size[1]} px do not fit into the device") from None
             batch //= 2
 
 
-def _batches(images: ImageSet, view: View, device: torch.device, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    total = -(-len(images) // batch)
-    parts = validation_batches(images, view, World(0, 1, device), batch)
+def _batches(
+    images: "ImageSet | Streamed", view: View, device: torch.device, batch: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(images, Streamed):
+        total = -(-len(images.dataset) // batch)
+        parts = streamed_batches(images.dataset, view, device, workers, batch)
+    else:
+        total = -(-len(images) // batch)
+        parts = validation_batches(images, view, World(0, 1, device), batch)
     return iter(tqdm(parts, "evaluating", total, unit="batch", disable=None, leave=False))
 
 
@@ -175,33 +189,45 @@ def _data_of_run(name: str, args: argparse.Namespace) -> Data:
     return data.model_copy(update={key: value for key, value in changes.items() if value})
 
 
-def _images(data: Data | None, args: argparse.Namespace, view: View) -> ImageSet:
+@dataclass
+class Streamed:
+    """A set that is read anew for each model."""
+
+    dataset: Dataset
+    classes: list[str] | None  # as far as the set names them
+    unreadable: tuple[str, ...]
+
+
+def _images(data: Data | None, args: argparse.Namespace, view: View) -> ImageSet | Streamed:
     """The images that a run was validated on, or those that the arguments name."""
     if data is not None:
         return validation_set(data, view)
+    if args.stream:
+        channels = view.input_size[0]
+        return Streamed(*open_dataset(args.data, False, args.split, args.root, channels, batch_size=EVAL_BATCH))
     return load_set(args.data, False, view, split=args.split, root=args.root)
 
 
-def _tell_unreadable(images: ImageSet) -> None:
+def _tell_unreadable(images: ImageSet | Streamed) -> None:
     if images.unreadable:
         print(f"{len(images.unreadable)} images could not be read and are left out:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in images.unreadable), file=sys.stderr)
 
 
-def _in_order_of(images: ImageSet, name: str, net: Net, classes: int, labels: list[str] | None) -> Net:
+def _in_order_of(wanted: list[str], name: str, net: Net, classes: int, labels: list[str] | None) -> Net:
     """The model with its logits in the order of the data's classes: by name where the names are the same."""
-    if len(images.classes) != classes:
-        raise UserError(f"{name} knows {classes} classes, but the data has {len(images.classes)}")
-    if not labels or labels == images.classes:
+    if len(wanted) != classes:
+        raise UserError(f"{name} knows {classes} classes, but the data has {len(wanted)}")
+    if not labels or labels == wanted:
         return net
-    if sorted(labels) != sorted(images.classes):
+    if sorted(labels) != sorted(wanted):
         print("note: the class names of the data are not the model's; they are matched by position", file=sys.stderr)
         return net
-    order = [labels.index(label) for label in images.classes]
+    order = [labels.index(label) for label in wanted]
     return lambda batch: net(batch)[:, order]
 
 
-def _report(name: str, outcomes: Outcomes, images: ImageSet) -> dict[str, Any]:
+def _report(name: str, outcomes: Outcomes, images: ImageSet | Streamed) -> dict[str, Any]:
     by_class = zip(images.classes, per_class(outcomes), strict=True)
     return {
         "model": name,

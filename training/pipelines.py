@@ -156,30 +156,19 @@ class Streaming:
             raise UserError(f"data.loader: {str(error) or type(error).__name__}") from None
 
     def _open(self, training: bool, split: str) -> Dataset:
-        data, channels = self.recipe.data, self.view.input_size[0]
-        mode = {"input_img_mode": "L" if channels == 1 else "RGB"}
-        if data.source == "digits":
-            raise UserError("data: digits is small; set data.pipeline to resident")
-        if not data.source.startswith(TIMM_SCHEMES):
-            source = open_source(data.source, training)
-            self.unreadable += source.skipped
-            if training:
-                self.train_classes = source.classes
-            elif source.classes != self.train_classes:
-                raise _other_classes(self.train_classes, source.classes, data.source)
-            if source.dataset is not None:
-                source.dataset.input_img_mode = mode["input_img_mode"]
-                return source.dataset
-            return ImageFiles(source.samples, channels, training)
-        batch = self.recipe.batch_size // self.world.size
-        options = {"is_training": training, "batch_size": batch, "seed": self.recipe.seed, **mode}
-        dataset = timm_dataset(data.source, training, split, data.root, **options)
+        data = self.recipe.data
+        options = {"batch_size": self.recipe.batch_size // self.world.size, "seed": self.recipe.seed}
+        dataset, classes, skipped = open_dataset(
+            data.source, training, split, data.root, self.view.input_size[0], **options
+        )
+        self.unreadable += skipped
         if training:
             count = self.recipe.model_args.get("num_classes")
-            names = getattr(getattr(dataset, "dataset", dataset), "classes", None)
-            if count is None and names is None:
+            if classes is None and count is None:
                 raise UserError(f"{data.source} does not say how many classes it has; set model_args.num_classes")
-            self.train_classes = list(names) if names else [str(i) for i in range(count)]
+            self.train_classes = classes or [str(i) for i in range(count)]
+        elif classes not in (None, self.train_classes):
+            raise _other_classes(self.train_classes, classes, data.source)
         return dataset
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -214,35 +203,88 @@ class Streaming:
         options: dict[str, Any] = {"hflip": 0.5 if augment.flip else 0.0}
         if augment.crop_scale is not None:
             options["scale"] = augment.crop_scale
-        return self._loader(part, self.batch // self.world.size, True, {**options, **self.recipe.data.loader})
+        return _timm_loader(
+            part,
+            self.view,
+            self.batch // self.world.size,
+            True,
+            self.world.device,
+            self.recipe.data.workers,
+            {**options, **self.recipe.data.loader},
+        )
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        part, missing = self.val, 0
+        part = self.val
         if not isinstance(part, IterableDataset):
             part = _Part(part, list(range(self.world.rank, self.val_size, self.world.size)))
-        for images, targets in self._loader(part, EVAL_BATCH, False, {}):
-            readable = targets >= 0
-            missing += int((~readable).sum())
-            yield images[readable].to(self.world.device), targets[readable].to(self.world.device)
-        if missing:
-            say(f"{missing} validation images could not be read and are left out")
+        return streamed_batches(part, self.view, self.world.device, self.recipe.data.workers)
 
-    def _loader(self, dataset: Dataset, batch: int, training: bool, options: dict[str, Any]) -> Iterable:
-        view = self.view
-        settings = {
-            "interpolation": view.interpolation,
-            "mean": view.mean,
-            "std": view.std,
-            "crop_pct": view.crop_pct,
-            "crop_mode": view.crop_mode,
-            "num_workers": self.recipe.data.workers,
-            "use_prefetcher": self.world.device.type == "cuda",
-            "pin_memory": self.world.device.type == "cuda",
-            "device": self.world.device,
-            "persistent_workers": False,
-            "worker_seeding": _seed_worker,
-        }
-        return timm.data.create_loader(dataset, view.input_size, batch, training, **{**settings, **options})
+
+def open_dataset(
+    source: str, training: bool, split: str | None, root: str | None, channels: int, **options: Any
+) -> tuple[Dataset, list[str] | None, tuple[str, ...]]:
+    """A data set to stream, its classes as far as it names them, and the images that are of kinds timm does not read.
+
+    Args:
+        source: An image folder, or a timm data set string.
+        training: The training part, or the one to validate on.
+        split, root: For a timm data set string.
+        channels: 1 for grey images, 3 for RGB.
+        options: Further arguments of `timm.data.create_dataset`, for sets that are read in order.
+
+    Raises:
+        UserError: If it is missing, empty, or small enough to be held in memory by nature.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    if source == "digits":
+        raise UserError("digits is small and not streamed; hold it in memory (data.pipeline: resident)")
+    if not source.startswith(TIMM_SCHEMES):
+        found = open_source(source, training)
+        if found.dataset is None:
+            return ImageFiles(found.samples, channels, training), found.classes, found.skipped
+        found.dataset.input_img_mode = mode
+        return found.dataset, found.classes, found.skipped
+    dataset = timm_dataset(source, training, split, root, is_training=training, input_img_mode=mode, **options)
+    names = getattr(getattr(dataset, "dataset", dataset), "classes", None)
+    return dataset, list(names) if names else None, ()
+
+
+def streamed_batches(
+    dataset: Dataset, view: View, device: torch.device, workers: int, size: int = EVAL_BATCH
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalized batches through timm's loader, in the set's order; what cannot be read is left out and counted."""
+    missing = 0
+    for images, targets in _timm_loader(dataset, view, size, False, device, workers, {}):
+        readable = targets >= 0
+        missing += int((~readable).sum())
+        yield images[readable].to(device), targets[readable].to(device)
+    if missing:
+        say(f"{missing} validation images could not be read and are left out")
+
+
+def _timm_loader(
+    dataset: Dataset,
+    view: View,
+    batch: int,
+    training: bool,
+    device: torch.device,
+    workers: int,
+    options: dict[str, Any],
+) -> Iterable:
+    settings = {
+        "interpolation": view.interpolation,
+        "mean": view.mean,
+        "std": view.std,
+        "crop_pct": view.crop_pct,
+        "crop_mode": view.crop_mode,
+        "num_workers": workers,
+        "use_prefetcher": device.type == "cuda",
+        "pin_memory": device.type == "cuda",
+        "device": device,
+        "persistent_workers": False,
+        "worker_seeding": _seed_worker,
+    }
+    return timm.data.create_loader(dataset, view.input_size, batch, training, **{**settings, **options})
 
 
 def _seed_worker(info: Any) -> int:

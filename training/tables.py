@@ -58,7 +58,8 @@ def speed_table(short: bool) -> str:
         found = json.loads(path.read_text())
         measured_on.add(f"{found['hardware']}, torch {found['torch']}, timm {found['timm']}")
         for row in found["rows"]:
-            if short and row["images"] is not None and (row["images"] == 1 or ", eager" not in row["what"]):
+            detail = row["images"] is not None and (row["images"] == 1 or ", eager" not in row["what"])
+            if short and (detail or "waiting" in row["what"]):
                 continue
             low, high = row["spread"]
             ratio = f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f})"
@@ -71,7 +72,7 @@ def _absolute(row: dict[str, Any]) -> str:
         return f"{1000 * row['ours']:.4g} and {1000 * row['theirs']:.4g} ms"
     text = f"{row['images'] / row['ours']:.0f} and {row['images'] / row['theirs']:.0f} images/s"
     if row["memory"] and None not in row["memory"]:
-        text += ", peak {:.0f} and {:.0f} MiB".format(*(value / 2**20 for value in row["memory"]))
+        text += ", activations {:.0f} and {:.0f} MiB".format(*(value / 2**20 for value in row["memory"]))
     return text
 
 
@@ -161,6 +162,7 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         "weight_standardization": (recipe.weight_standardization, False),
         "amp": (recipe.amp, None),
         "cutout": (recipe.augment.cutout, 0),
+        "side": (recipe.data.image_size, None),
         "label_smoothing": (recipe.label_smoothing, 0.0),
     }
 

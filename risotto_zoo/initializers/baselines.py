@@ -39,7 +39,8 @@ def fixup_(model: nn.Module, alpha: float | None = None, generator: Rng = None) 
     model made with `init='fixup'` has them in place of its convolutions' biases.
 
     Source: Zhang et al., arXiv 1901.09321. Deviations: the stem keeps its bias per channel; the skip reads the input
-    without the branch's first scalar; on other nets than those of `init='fixup'` the scalar biases are missing.
+    without the branch's first scalar; the classifier has no scalar before it; on other nets than those of
+    `init='fixup'` the scalar biases are missing.
     Raises:
         ValueError: If the network has batch normalization, which Fixup replaces, or is no ResNet that is read.
     """
@@ -82,8 +83,9 @@ def rezero_(model: nn.Module, alpha: float | None = None, generator: Rng = None)
     What sets it apart from SkipInit on these nets is the scale of the kernels: uniform of variance 1 / (3 fan-in),
     torch's default, since ReZero leaves the layers as they are.
 
-    Source: Bachlechner et al., arXiv 2003.04887. Deviation: as in any ResNet, a ReLU follows the sum, where the
-    paper's formula has none.
+    Source: Bachlechner et al., arXiv 2003.04887. Deviations: as in any ResNet, a ReLU follows the sum, where the
+    paper's formula has none; biases start at 0, not uniform; with batch norm the multiplier is the last gamma of the
+    branch, per channel.
     Raises:
         ValueError: If alpha is given and not 0, or a block has neither an alpha nor a gamma to hold the 0.
     """
