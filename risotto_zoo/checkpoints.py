@@ -153,21 +153,33 @@ def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, An
         raise UserError(f"{source} holds a tensor {min(surplus)} that {name} does not have: {mend}")
 
 
-def check_config(folder: Path) -> None:
-    """Make sure that a folder has a config.json in timm's format.
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder.
 
     Raises:
-        UserError: If it is missing or damaged.
+        UserError: If it is missing, damaged or not in timm's format.
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{folder} is no model folder: {path}: {error.strerror}") from None
+    return parse_config(data, str(path))
+
+
+def parse_config(data: bytes, source: str) -> dict[str, Any]:
+    """The content of a config.json; `source` is for messages.
+
+    Raises:
+        UserError: If it is damaged or not in timm's format.
+    """
+    try:
+        config = json.loads(data)
     except ValueError:
-        raise UserError(f"{path} is damaged: not valid JSON") from None
-    if not isinstance(config, dict) or "architecture" not in config:
-        raise UserError(f"{path} names no architecture; it is not in timm's format")
+        raise UserError(f"{source} is damaged: not valid JSON") from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise UserError(f"{source} names no architecture; it is not in timm's format")
+    return config
 
 
 def folder_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The networks of the zoo; importing this package registers them with timm."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import timm
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
-from risotto_zoo.checkpoints import WEIGHTS, check_config, folder_weights
+from risotto_zoo.checkpoints import WEIGHTS, folder_weights, parse_config, read_config
 from risotto_zoo.errors import UserError, did_you_mean
 from risotto_zoo.hub import fetch
 
@@ -42,19 +41,22 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
 
 
 def _verify_source(source: str | None, place: str, pretrained: bool, cache_dir: str | Path | None) -> None:
-    """Fetch and verify what timm is about to read: it would take pickles, too, and wait long for a missing network."""
+    """Fetch and verify what timm is about to read: it would take pickles, too, and wait long for a missing network.
+
+    The weights of our own architectures are left to their entry points, which verify whatever they load.
+    """
     if source == "hf-hub":
         repo_id, _, revision = place.partition("@")
-        config = fetch(repo_id, "config.json", revision or None, cache_dir)
-        if pretrained:
+        config = parse_config(fetch(repo_id, "config.json", revision or None, cache_dir), f"{place}/config.json")
+        if pretrained and not _is_ours(config["architecture"]):
             _refuse_other_weights(config, place)
             fetch(repo_id, WEIGHTS, revision or None, cache_dir)
     elif source == "local-dir":
-        check_config(Path(place))
-        if pretrained:
-            _refuse_other_weights((Path(place) / "config.json").read_bytes(), place)
+        config = read_config(Path(place))
+        if pretrained and not _is_ours(config["architecture"]):
+            _refuse_other_weights(config, place)
             folder_weights(Path(place))
-    elif pretrained and not place.startswith("risotto_"):
+    elif pretrained and not _is_ours(place):
         cfg = timm.get_pretrained_cfg(place)
         if cfg is None or not cfg.has_weights:
             return  # timm says so itself
@@ -63,13 +65,14 @@ def _verify_source(source: str | None, place: str, pretrained: bool, cache_dir: 
         fetch(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS, cache_dir=cache_dir)
 
 
-def _refuse_other_weights(config: bytes, place: str) -> None:
-    """A repository's configuration can send timm to another file than the one that is verified, a pickle even."""
-    try:
-        pretrained_cfg = json.loads(config).get("pretrained_cfg") or {}
-        other = pretrained_cfg.get("hf_hub_filename") or pretrained_cfg.get("custom_load")
-    except (ValueError, AttributeError):
-        raise UserError(f"{place}: its config.json is not in timm's format") from None
+def _is_ours(architecture: str) -> bool:
+    return architecture.partition(".")[0] in timm.list_models(module="variants")
+
+
+def _refuse_other_weights(config: dict[str, Any], place: str) -> None:
+    """A configuration can send timm to another file than the one that is verified, a pickle even."""
+    cfg = config.get("pretrained_cfg") or {}
+    other = (cfg.get("hf_hub_filename") or cfg.get("custom_load")) if isinstance(cfg, dict) else cfg
     if other and other != WEIGHTS:
         raise UserError(f"{place}: its config.json asks for {other!r} as weights; only {WEIGHTS} is read")
 
