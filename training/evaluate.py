@@ -48,6 +48,15 @@ Net = Callable[[Tensor], Tensor]
 DAMAGED_AT_ONCE = 1000
 
 
+@dataclass
+class Streamed:
+    """A set that is read anew for each model."""
+
+    dataset: Dataset
+    classes: list[str] | None  # as far as the set names them
+    unreadable: tuple[str, ...]
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -151,9 +160,7 @@ def _adjusted(view: View, args: argparse.Namespace) -> View:
     return replace(view, input_size=(view.input_size[0], side, side), crop_pct=args.crop_pct or view.crop_pct)
 
 
-def run(
-    net: Net, images: "ImageSet | Streamed", view: View, device: torch.device, args: argparse.Namespace
-) -> Outcomes:
+def run(net: Net, images: ImageSet | Streamed, view: View, device: torch.device, args: argparse.Namespace) -> Outcomes:
     """Observe a model on a set, with half as many images at once each time the device runs out of memory."""
     amp = getattr(torch, args.amp) if args.amp else None
     batch = args.batch_size or max(16, min(EVAL_BATCH, EVAL_BATCH * 64**2 // view.input_size[1] ** 2))
@@ -167,7 +174,7 @@ def run(
 
 
 def _batches(
-    images: "ImageSet | Streamed", view: View, device: torch.device, batch: int, workers: int
+    images: ImageSet | Streamed, view: View, device: torch.device, batch: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(images, Streamed):
         total = -(-len(images.dataset) // batch)
@@ -187,15 +194,6 @@ def _data_of_run(name: str, args: argparse.Namespace) -> Data:
     data: Data = load_recipe(str(recipe_file)).data
     changes = {"val_split": args.split, "root": args.root}
     return data.model_copy(update={key: value for key, value in changes.items() if value})
-
-
-@dataclass
-class Streamed:
-    """A set that is read anew for each model."""
-
-    dataset: Dataset
-    classes: list[str] | None  # as far as the set names them
-    unreadable: tuple[str, ...]
 
 
 def _images(data: Data | None, args: argparse.Namespace, view: View) -> ImageSet | Streamed:
