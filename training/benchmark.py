@@ -42,7 +42,7 @@ from .data import View, cache_folder, load_set, split_folder
 from .distributed import World, choose_device
 from .export import load_exported, write
 from .optimization import build_optimizer
-from .pipelines import build_pipeline, validation_batches
+from .pipelines import build_pipeline, open_dataset, streamed_batches, validation_batches
 from .recipe import Recipe, validate
 from .run_folder import hardware
 
@@ -317,7 +317,7 @@ def load_rows(args: argparse.Namespace) -> list[Row]:
 def evaluate_rows(args: argparse.Namespace) -> list[Row]:
     """From files to top-1 and loss, as `training.evaluate` does, beside the loop of timm's validation script.
 
-    The first time a set is seen, and when its decoded images are in the cache.
+    The first time a set is seen, when its decoded images are in the cache, and streamed.
     """
     device, rows = choose_device(args.device), []
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, RISOTTO_ZOO_CACHE=f"{folder}/cache"):
@@ -335,7 +335,11 @@ def evaluate_rows(args: argparse.Namespace) -> list[Row]:
                 shutil.rmtree(cache_folder(), ignore_errors=True)
                 again()
 
-            for label, run in (("first time", first_time), ("cached", cached)):
+            def streamed(model: nn.Module = model, view: View = view) -> None:
+                dataset, *_ = open_dataset(str(source), False, None, None, view.input_size[0])
+                summarize(observe(model, streamed_batches(dataset, view, device, args.workers, 256)))
+
+            for label, run in (("first time", first_time), ("cached", cached), ("--stream", streamed)):
                 rows.append(compare(f"{name}, {label}", run, "timm loader and loop", peer, args.rounds))
     return rows
 
