@@ -47,10 +47,11 @@ def _arguments() -> argparse.Namespace:
 
     predict_ = commands.add_parser("predict", help="what a trained model sees in images")
     predict_.add_argument("image", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    bundled = next((name for name, entry in MANIFEST.items() if entry["location"] == "package"), None)
     predict_.add_argument(
         "--model",
-        default=next((name for name, entry in MANIFEST.items() if entry["location"] == "package"), None),
-        required=not MANIFEST,
+        default=bundled,
+        required=bundled is None,
         help="a release, hf-hub:ORG/NAME or local-dir:FOLDER (default: %(default)s)",
     )
     predict_.add_argument("--revision", help="branch, tag or commit of the model's Hub repository")

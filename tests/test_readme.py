@@ -16,13 +16,12 @@ import training.evaluate
 import training.export
 import training.publish
 import training.release
-import training.study
 import training.train
 from risotto_zoo import cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.S | re.M))
-PROGRAMS = {"train", "evaluate", "release", "publish", "export", "study"}
+PROGRAMS = {"train", "evaluate", "release", "publish", "export"}
 TINY = ["epochs=1", "batch_size=8", "warmup_epochs=0", "data.image_size=8", "augment.shift=1"]
 ELSEWHERE = {  # commands that run somewhere else, and where
     "python3 -m venv": "in CI",

@@ -45,6 +45,7 @@ from .optimization import build_optimizer
 from .pipelines import build_pipeline, open_dataset, streamed_batches, validation_batches
 from .recipe import Recipe, validate
 from .run_folder import hardware
+from .tables import absolute
 
 
 @dataclass
@@ -431,15 +432,6 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _inference_notes(row: Row) -> str:
-    if row.images is None or row.memory is None:
-        return ""
-    text = f"; {row.images / row.ours:.0f} and {row.images / row.theirs:.0f} images/s"
-    if None not in row.memory:
-        text += f", activations {row.memory[0] / 2**20:.0f} and {row.memory[1] / 2**20:.0f} MiB"
-    return text
-
-
 @exits_cleanly
 def main() -> None:
     args = _arguments()
@@ -452,7 +444,7 @@ def main() -> None:
         low, high = row.spread
         print(
             f"{row.what:48} {row.ours:9.4f}   {row.peer:38} {row.theirs:9.4f} {row.ratio:7.3f}  {low:.3f} to {high:.3f}"
-            + _inference_notes(row)
+            + (f"; {absolute(asdict(row))}" if row.images is not None else "")
         )
     if args.json is not None:
         facts = {"benchmark": args.name, "hardware": where, "torch": torch.__version__, "timm": timm.__version__}

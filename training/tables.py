@@ -63,11 +63,12 @@ def speed_table(short: bool) -> str:
                 continue
             low, high = row["spread"]
             ratio = f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f})"
-            rows.append(f"| {found['benchmark']}: {row['what']} | {row['peer']} | {ratio} | {_absolute(row)} |")
+            rows.append(f"| {found['benchmark']}: {row['what']} | {row['peer']} | {ratio} | {absolute(row)} |")
     return "\n".join([*rows, "", f"Medians of interleaved runs on {'; '.join(sorted(measured_on))}."])
 
 
-def _absolute(row: dict[str, Any]) -> str:
+def absolute(row: dict[str, Any]) -> str:
+    """The times of a benchmark's row, or the images a second and bytes where a run is one of inference."""
     if row["images"] is None:
         return f"{1000 * row['ours']:.4g} and {1000 * row['theirs']:.4g} ms"
     text = f"{row['images'] / row['ours']:.0f} and {row['images'] / row['theirs']:.0f} images/s"
