@@ -179,6 +179,9 @@ def parse_config(data: bytes, source: str) -> dict[str, Any]:
         raise UserError(f"{source} is damaged: not valid JSON") from None
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise UserError(f"{source} names no architecture; it is not in timm's format")
+    for key in ("pretrained_cfg", "model_args"):
+        if not isinstance(config.get(key, {}), dict):
+            raise UserError(f"{source}: its {key} is no table of keys and values; it is not in timm's format")
     return config
 
 

@@ -92,13 +92,6 @@ def hub_weights(repo_id: str, revision: str | None = None, cache_dir: str | Path
     Raises:
         UserError: If the repository cannot be reached or offers no safetensors, or a file is damaged.
     """
-    config = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision)
-    if isinstance(config, str):  # timm has read it by now, without a look at its hash
-        try:
-            read_verified(Path(config), _hash_in(Path(config)))
-        except UserError as error:
-            _forget(Path(config))
-            raise UserError(f"{error}. It was thrown away: run the same again") from None
     return read_tensors(fetch(repo_id, WEIGHTS, revision, cache_dir), f"{repo_id}/{WEIGHTS}")
 
 
@@ -268,19 +261,14 @@ def _is_hash(etag: str | None) -> bool:
     return etag is not None and len(etag) in (40, 64) and set(etag) <= set("0123456789abcdef")
 
 
-def _hash_in(cached: Path) -> str | None:
-    name = cached.resolve().name
-    return name if _is_hash(name) else None
-
-
 def _known_hash(cached: Path, what: str) -> str:
     """The hash that the cache keeps a file by.
 
     Raises:
         UserError: If there is none (a cache without symbolic links, a server that states no hash).
     """
-    digest = _hash_in(cached)
-    if digest is None:
+    digest = cached.resolve().name
+    if not _is_hash(digest):
         raise UserError(f"{what}: nobody says what its hash should be, so it cannot be verified; load it as local-dir:")
     return digest
 

@@ -328,13 +328,21 @@ def test_what_the_cache_holds_is_verified_each_time_and_mended(published, hub):
         assert path.read_bytes() == published[name]
 
 
-def test_timm_itself_is_warned_of_a_damaged_config(published, hub):
+def test_timm_itself_mends_a_damaged_config(published, hub):
     risotto_zoo.load(f"hf-hub:{REPO}")
     path = Path(huggingface_hub.try_to_load_from_cache(REPO, "config.json"))
     path.write_bytes(path.read_bytes().replace(b'"crop_pct": 1.0', b'"crop_pct": 0.5'))
-    with pytest.raises(UserError, match=r"config.json .* thrown away"):
-        timm.create_model(f"hf-hub:{REPO}", pretrained=True)
     assert timm.create_model(f"hf-hub:{REPO}", pretrained=True).pretrained_cfg["crop_pct"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate", 404, 503, "drop"])
+def test_a_lasting_fault_of_the_config_reaches_users_of_timm_in_one_line(kind, published, hub):
+    hub.fail("GET .*/config.json", kind, times=None)
+    hub.fail("HEAD .*/config.json", kind, times=None) if kind not in ("flip", "truncate") else None
+    with pytest.raises(UserError):
+        timm.create_model(f"hf-hub:{REPO}", pretrained=True)
+    hub.faults.clear()
+    assert logits(timm.create_model(f"hf-hub:{REPO}", pretrained=True)).isfinite().all()
 
 
 def test_only_safetensors_are_read(published, hub):
@@ -437,24 +445,32 @@ def test_a_lasting_fault_of_the_weights_reaches_users_of_timm_in_one_line(kind, 
     assert logits(timm.create_model(f"hf-hub:{REPO}", pretrained=True)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["risotto_resnet20.elsewhere", "hf-hub:somebody/else", "resnet18"])
-def test_without_a_network_it_says_so_soon(name, tmp_path):
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        ("hub.release_weights", "risotto_resnet20.elsewhere"),
+        ("risotto_zoo.load", "hf-hub:somebody/else"),
+        ("risotto_zoo.load", "resnet18"),
+        ("timm.create_model", "hf-hub:somebody/else"),
+    ],
+)
+def test_without_a_network_it_says_so_soon(function, name, tmp_path):
     """In a new process whose Hub takes connections and never answers."""
     script = (
         "import sys, time, warnings; warnings.simplefilter('ignore')\n"
-        "import risotto_zoo\nfrom risotto_zoo import errors, hub\n"
+        "import risotto_zoo, timm\nfrom risotto_zoo import errors, hub\n"
         "hub.MANIFEST['risotto_resnet20.elsewhere'] = {'location': 'hub', 'revision': 'v1', 'bytes': 1,"
         " 'sha256': '0' * 64}\n"
         "start = time.monotonic()\n"
         "try:\n"
-        "    hub.release_weights(sys.argv[1]) if 'elsewhere' in sys.argv[1] else risotto_zoo.load(sys.argv[1])\n"
+        "    eval(sys.argv[1])(sys.argv[2])\n"
         "except errors.UserError as error:\n"
         "    print(time.monotonic() - start, error)\n"
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", script, name]
+        command = [sys.executable, "-c", script, function, name]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     seconds, _, message = done.stdout.partition(" ")
     assert float(seconds) < 10, done.stderr

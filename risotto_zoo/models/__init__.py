@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models import _factory
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from risotto_zoo.checkpoints import WEIGHTS, folder_weights, parse_config, read_config
@@ -46,15 +48,15 @@ def _verify_source(source: str | None, place: str, pretrained: bool, cache_dir: 
     The weights of our own architectures are left to their entry points, which verify whatever they load.
     """
     if source == "hf-hub":
-        repo_id, _, revision = place.partition("@")
-        config = parse_config(fetch(repo_id, "config.json", revision or None, cache_dir), f"{place}/config.json")
-        if pretrained and not _is_ours(config["architecture"]):
-            _refuse_other_weights(config, place)
+        cfg, architecture, _ = _hub_config(place, cache_dir)
+        if pretrained and not _is_ours(architecture):
+            _refuse_other_weights(cfg, place)
+            repo_id, _, revision = place.partition("@")
             fetch(repo_id, WEIGHTS, revision or None, cache_dir)
     elif source == "local-dir":
         config = read_config(Path(place))
         if pretrained and not _is_ours(config["architecture"]):
-            _refuse_other_weights(config, place)
+            _refuse_other_weights(config.get("pretrained_cfg", {}), place)
             folder_weights(Path(place))
     elif pretrained and not _is_ours(place):
         cfg = timm.get_pretrained_cfg(place)
@@ -69,12 +71,34 @@ def _is_ours(architecture: str) -> bool:
     return architecture.partition(".")[0] in timm.list_models(module="variants")
 
 
-def _refuse_other_weights(config: dict[str, Any], place: str) -> None:
+def _refuse_other_weights(cfg: dict[str, Any], place: str) -> None:
     """A configuration can send timm to another file than the one that is verified, a pickle even."""
-    cfg = config.get("pretrained_cfg") or {}
-    other = (cfg.get("hf_hub_filename") or cfg.get("custom_load")) if isinstance(cfg, dict) else cfg
+    other = cfg.get("hf_hub_filename") or cfg.get("custom_load")
     if other and other != WEIGHTS:
         raise UserError(f"{place}: its config.json asks for {other!r} as weights; only {WEIGHTS} is read")
+
+
+def _hub_config(
+    model_id: str, cache_dir: str | Path | None = None
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """A Hub repository's configuration, architecture and model arguments, as timm's own loader returns them.
+
+    It takes that loader's place in `timm.create_model("hf-hub:...")`, which reads config.json unverified before any
+    entry point is called, and takes half a minute to find that there is no network.
+
+    Raises:
+        UserError: If the file cannot be had, or is not the one that the Hub states.
+    """
+    repo_id, _, revision = model_id.partition("@")
+    where = {"revision": revision or None, "cache_dir": cache_dir}
+    parse_config(fetch(repo_id, "config.json", **where), f"{model_id}/config.json")
+    folder = Path(huggingface_hub.try_to_load_from_cache(repo_id, "config.json", **where)).parent
+    cfg, architecture, arguments = load_model_config_from_path(folder)
+    del cfg["file"]
+    return {**cfg, "hf_hub_id": model_id, "source": "hf-hub"}, architecture, arguments
+
+
+_factory.load_model_config_from_hf = _hub_config
 
 
 def saved_arguments(name: str | None) -> dict[str, Any]:
@@ -82,4 +106,4 @@ def saved_arguments(name: str | None) -> dict[str, Any]:
     source, _, place = (name or "").partition(":")
     if source == "local-dir":
         return load_model_config_from_path(place)[2]
-    return load_model_config_from_hf(place)[2] if source == "hf-hub" else {}
+    return _hub_config(place)[2] if source == "hf-hub" else {}
