@@ -147,6 +147,11 @@ def test_corrupt_images_are_named_counted_and_left_out(folder, command, tmp_path
     (folder / "val" / "flower" / "000.jpg").write_text("text")
     result = command(evaluate.main, f"local-dir:{tmp_path / 'run'}", "--data", folder, "--device", "cpu")
     assert result.code == 0 and "1 images could not be read" in result.err and "on 15 images" in result.out
+    for path in (folder / "val").glob("*/*"):
+        path.write_text("text")
+    for models in ([f"local-dir:{tmp_path / 'run'}"], [f"local-dir:{tmp_path / 'run'}"] * 2):
+        result = command(evaluate.main, *models, "--data", folder, "--device", "cpu")
+        assert result.code == 2 and "none of the" in result.err and "Traceback" not in result.err, result
 
 
 def test_evaluate_refuses_other_class_counts_and_unknown_models(folder, command, tmp_path):

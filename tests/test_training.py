@@ -20,6 +20,9 @@ import yaml
 
 from risotto_zoo.evaluation import wilson_interval
 from training import evaluate, train
+from training.data import View
+from training.distributed import World
+from training.pipelines import build_pipeline
 from training.recipe import load_recipe
 
 REPOSITORY = Path(__file__).parent.parent
@@ -387,6 +390,17 @@ def test_layer_decay_gives_early_layers_smaller_steps(finished, command, tmp_pat
     assert result.code == 0, result.err
     moved = {key: (weights(tmp_path / "tuned")[key] - value).abs().mean() for key, value in weights(finished).items()}
     assert moved["layer1.0.conv1.weight"] < 0.1 * moved["layer3.2.conv1.weight"]
+
+
+@pytest.mark.parametrize("pipeline", ["resident", "streaming"])
+def test_crops_smaller_than_the_images_that_are_validated(pipeline, photo_folder):
+    settings = [f"data.source={photo_folder}", f"data.pipeline={pipeline}", "data.image_size=24", "data.train_size=16"]
+    settings += ["augment={crop_scale: [0.5, 1.0]}", "model_args={in_chans: 3}", "batch_size=8", "data.workers=0"]
+    recipe = load_recipe("digits", settings)
+    view = View((3, 24, 24), (0.5,) * 3, (0.5,) * 3)
+    batches = build_pipeline(recipe, view, World(0, 1, torch.device("cpu")))
+    assert next(batches.epoch(0))[0].shape == (8, 3, 16, 16)
+    assert next(batches.validation())[0].shape[1:] == (3, 24, 24)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

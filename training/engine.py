@@ -188,7 +188,7 @@ def _view(recipe: Recipe, config: dict[str, Any]) -> View:
     channels = recipe.model_args.get("in_chans", resolved["input_size"][0])
     if channels not in (1, 3):
         raise UserError(f"model_args.in_chans is {channels}, but images have 1 (grey) or 3 (RGB) channels")
-    if recipe.augment.shift >= side or recipe.augment.cutout > side:
+    if recipe.augment.shift >= side or recipe.augment.cutout > (recipe.data.train_size or side):
         raise UserError(f"augment: shift and cutout must be smaller than the images of {side} pixels")
     crop = recipe.data.crop_pct if recipe.data.crop_pct is not None else resolved["crop_pct"]
     return View.of({**resolved, "input_size": (channels, side, side), "crop_pct": crop})

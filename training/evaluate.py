@@ -67,8 +67,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--root", help="where a timm data set string finds its files")
     parser.add_argument("--split", help="split of a timm data set string (default: validation)")
-    parser.add_argument("--stream", action="store_true", help="read the images anew for each model; for large sets")
-    parser.add_argument("--workers", type=int, default=2, help="with --stream: loader processes (default: 2)")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read the images anew for each model, not into memory; for large sets (default for one model alone)",
+    )
+    parser.add_argument("--workers", type=int, default=2, help="streaming: loader processes (default: 2)")
     parser.add_argument("--image-size", type=int, help="side of the images (default: the model's)")
     parser.add_argument("--crop-pct", type=float, help="share of the resized image that is kept (default: the model's)")
     parser.add_argument("--batch-size", type=int, help="images at once (default: as many as fit)")
@@ -88,6 +92,8 @@ def _arguments() -> argparse.Namespace:
         parser.error("--batch-size starts at 1")
     if args.stream and (args.data is None or args.robustness):
         parser.error("--stream needs --data, and does not go with --robustness")
+    # Images that are looked at once need no memory, and decoding them beside the model is faster.
+    args.stream |= len(args.model) == 1 and not args.robustness and args.data not in (None, "digits")
     return args
 
 
@@ -166,11 +172,15 @@ def run(net: Net, images: ImageSet | Streamed, view: View, device: torch.device,
     batch = args.batch_size or max(16, min(EVAL_BATCH, EVAL_BATCH * 64**2 // view.input_size[1] ** 2))
     while True:
         try:
-            return observe(net, _batches(images, view, device, batch, args.workers), amp)
+            outcomes = observe(net, _batches(images, view, device, batch, args.workers), amp)
         except torch.OutOfMemoryError:
             if batch == 1 or args.batch_size:
                 raise UserError(f"{batch} images of {view.input_size[1]} px do not fit into the device") from None
             batch //= 2
+        else:
+            if not len(outcomes.correct):
+                raise UserError(f"none of the images in {args.data} can be read")
+            return outcomes
 
 
 def _batches(

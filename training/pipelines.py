@@ -4,6 +4,7 @@ import inspect
 import itertools
 import signal
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import timm.data
@@ -123,7 +124,7 @@ class Resident:
             yield images, targets
 
     def _batch(self, index: Tensor, draws: Draw) -> tuple[Tensor, Tensor]:
-        device, size = self.world.device, self.view.input_size[1]
+        device, size = self.world.device, self.recipe.data.train_size or self.view.input_size[1]
         index = index.to(device, non_blocking=True)
         images = augmented(self.images, index, size, self.recipe.augment, draws.to(device), self.mean, self.std)
         return images, F.one_hot(self.targets[index], len(self.classes)).float()
@@ -203,9 +204,10 @@ class Streaming:
         options: dict[str, Any] = {"hflip": 0.5 if augment.flip else 0.0}
         if augment.crop_scale is not None:
             options["scale"] = augment.crop_scale
+        side = self.recipe.data.train_size or self.view.input_size[1]
         return _timm_loader(
             part,
-            self.view,
+            replace(self.view, input_size=(self.view.input_size[0], side, side)),
             self.batch // self.world.size,
             True,
             self.world.device,
@@ -259,7 +261,7 @@ def streamed_batches(
         missing += int((~readable).sum())
         yield images[readable].to(device), targets[readable].to(device)
     if missing:
-        say(f"{missing} validation images could not be read and are left out")
+        say(f"{missing} images could not be read and are left out")
 
 
 def _timm_loader(

@@ -36,6 +36,10 @@ class Data(Section):
         "resident", description="'resident' holds the set in memory, 'streaming' reads it with timm's loaders"
     )
     image_size: Count | None = Field(None, description="side of the images the net sees; the model's own if null")
+    train_size: Count | None = Field(
+        None,
+        description="side of the random crops to train on, image_size if null; smaller is faster (arXiv 1906.06423)",
+    )
     stored_size: Count | None = Field(None, description="resident: side of the training images in memory, for crops")
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="share of the resized image that validation crops; the model's own if null"
@@ -170,6 +174,10 @@ class Recipe(Section):
             (
                 self.data.stored_size is not None and self.augment.crop_scale is None,
                 "data: stored_size has no effect without augment.crop_scale",
+            ),
+            (
+                self.data.train_size is not None and self.augment.crop_scale is None,
+                "data: train_size is the side of random crops; set augment.crop_scale",
             ),
         ]
         for wrong, message in problems:

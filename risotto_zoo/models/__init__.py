@@ -78,9 +78,7 @@ def _refuse_other_weights(cfg: dict[str, Any], place: str) -> None:
         raise UserError(f"{place}: its config.json asks for {other!r} as weights; only {WEIGHTS} is read")
 
 
-def _hub_config(
-    model_id: str, cache_dir: str | Path | None = None
-) -> tuple[dict[str, Any], str, dict[str, Any]]:
+def _hub_config(model_id: str, cache_dir: str | Path | None = None) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """A Hub repository's configuration, architecture and model arguments, as timm's own loader returns them.
 
     It takes that loader's place in `timm.create_model("hf-hub:...")`, which reads config.json unverified before any
