@@ -665,9 +665,16 @@ def test_releasing_again_counts_the_version_only_for_new_weights(run, tmp_path):
     for _ in range(2):
         release.release(run, "digits", [], folder)
     assert json.loads((folder / "results.json").read_text())["version"] == 1
+    results = json.loads((folder / "results.json").read_text())
+    side = {"data": "photos", "train_images": 9, "size": 8, "epochs": 1, "by_epoch": [0.5], "evaluation": {}}
+    side["evaluation"] = results["evaluation"]
+    results["finetunes"] = [{"tuned": side, "scratch": side}]
+    (folder / "results.json").write_text(json.dumps(results))
+    release.release(run, "digits", [], folder)
+    assert json.loads((folder / "results.json").read_text())["finetunes"] == results["finetunes"]
     release.release(run, "digits", [], folder, half=True)
     results = json.loads((folder / "results.json").read_text())
-    assert (results["version"], results["dtype"]) == (2, "float16")
+    assert (results["version"], results["dtype"], results["finetunes"]) == (2, "float16", [])
     stored = safetensors.torch.load_file(folder / WEIGHTS)
     assert all(value.dtype == torch.float16 for value in stored.values())
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -61,7 +61,7 @@ def release(
         half: Store the weights in float16 and evaluate what is stored.
         device: Where to evaluate, if `half`.
         finetunes: Pairs of finished runs on other data: from these weights, and from scratch with the same budget.
-            Those of the release before are kept if None.
+            If None, those of the release before are kept, unless the weights are new ones.
 
     Raises:
         UserError: If a run is unfinished or its files do not belong together, or the net is not one that
@@ -112,8 +112,10 @@ def release(
             for path in baselines
         ],
         "isometry": _isometry(config, recipe),
-        "finetunes": before.get("finetunes", []) if finetunes is None else [_finetune(*pair) for pair in finetunes],
+        "finetunes": [_finetune(*pair) for pair in finetunes or []],
     }
+    if finetunes is None and not changed:
+        results["finetunes"] = before.get("finetunes", [])
     _replace_folder(folder, results, files)
     if output is None:
         write_pages()
