@@ -26,7 +26,7 @@ from .cards import read_json
 from .console import say
 from .distributed import World, choose_device
 from .engine import Diverged, Stopped, train
-from .recipe import Count, Recipe, Section, assign, dump, explain, read_with_base, validate
+from .recipe import Count, Recipe, Section, assign, explain, read_with_base, validate
 from .run_folder import hardware
 
 STUDIES = Path(__file__).parent / "studies"
@@ -84,7 +84,8 @@ class Run:
 
     @property
     def key(self) -> str:
-        return sha256(dump(self.recipe).encode())[:16]
+        """What the run is known by: its recipe without what is left at its default, so that new keys change nothing."""
+        return sha256(self.recipe.model_dump_json(exclude_defaults=True).encode())[:16]
 
 
 def study_names() -> list[str]:
