@@ -338,7 +338,7 @@ def evaluate_rows(args: argparse.Namespace) -> list[Row]:
 
             def streamed(model: nn.Module = model, view: View = view) -> None:
                 dataset, *_ = open_dataset(str(source), False, None, None, view.input_size[0])
-                summarize(observe(model, streamed_batches(dataset, view, device, args.workers, 256)))
+                summarize(observe(model, streamed_batches(dataset, view, device, args.workers, model.num_classes, 256)))
 
             for label, run in (("first time", first_time), ("cached", cached), ("--stream", streamed)):
                 rows.append(compare(f"{name}, {label}", run, "timm loader and loop", peer, args.rounds))

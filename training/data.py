@@ -51,7 +51,7 @@ class View:
         return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
     def transform(self, size: int | None = None, whole: bool = False) -> Callable[[Image.Image], Tensor]:
-        """timm's evaluation transform up to the uint8 array, shape (C, H, W); `whole` resizes without cropping."""
+        """timm's evaluation transform up to the uint8 array, shape (C, H, W); `whole` keeps the largest square."""
         side = size or self.input_size[1]
         steps = create_transform(
             (self.input_size[0], side, side),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm
 from timm.models import get_pretrained_cfg
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
@@ -95,15 +96,18 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         Diverged: On a non-finite loss; the last good state is kept.
         Stopped: After SIGTERM or Ctrl-C, the state saved.
     """
-    if world.main:
-        run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
-    trainer = build(recipe, output, world)
-    if world.main:
-        with _writing(output):
-            run_folder.begin(output, recipe, overwrite)
-    world.barrier()
-    _resume(trainer)
-    return _loop(trainer, _StopSignals())
+    with _StopSignals() as stop:
+        if world.main:
+            run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
+        trainer = build(recipe, output, world)
+        if number := world.largest(stop.number):
+            raise Stopped(number)
+        if world.main:
+            with _writing(output):
+                run_folder.begin(output, recipe, overwrite)
+        world.barrier()
+        _resume(trainer)
+        return _loop(trainer, stop)
 
 
 @contextmanager
@@ -155,7 +159,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
     if recipe.sync_bn and world.device.type != "cuda":
         raise UserError("sync_bn: torch synchronizes batch norm on CUDA devices only; set sync_bn=false")
     if recipe.sync_bn and world.size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)
     model.to(world.device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
     optimizer = build_optimizer(model, recipe)
     return Trainer(
@@ -188,8 +192,13 @@ def _view(recipe: Recipe, config: dict[str, Any]) -> View:
     channels = recipe.model_args.get("in_chans", resolved["input_size"][0])
     if channels not in (1, 3):
         raise UserError(f"model_args.in_chans is {channels}, but images have 1 (grey) or 3 (RGB) channels")
-    if recipe.augment.shift >= side or recipe.augment.cutout > (recipe.data.train_size or side):
-        raise UserError(f"augment: shift and cutout must be smaller than the images of {side} pixels")
+    stored, seen = recipe.data.stored_size or side, recipe.data.train_size or side
+    if recipe.data.pipeline == "resident" and stored < seen:
+        raise UserError(f"data.stored_size: images of {stored} px are smaller than the {seen} px that the net sees")
+    if recipe.augment.shift >= stored:
+        raise UserError(f"augment.shift: it must be smaller than the images of {stored} px")
+    if recipe.augment.cutout > seen:
+        raise UserError(f"augment.cutout: it is larger than the training images of {seen} px")
     crop = recipe.data.crop_pct if recipe.data.crop_pct is not None else resolved["crop_pct"]
     return View.of({**resolved, "input_size": (channels, side, side), "crop_pct": crop})
 
@@ -344,7 +353,7 @@ def _validate(trainer: Trainer, stop: "_StopSignals") -> tuple[dict[str, Any], E
         "val_top1": result.top1,
         "val_top5": result.top5,
         **({"ema_loss": averaged.loss, "ema_top1": averaged.top1} if averaged else {}),
-        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
         "images_per_second": progress.images / max(progress.seconds, 1e-9),
         "data_wait": progress.waited / max(progress.seconds, 1e-9),
         "seconds": progress.seconds,
@@ -486,8 +495,14 @@ class _StopSignals:
 
     def __init__(self) -> None:
         self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> "_StopSignals":
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
         if self.number:

@@ -41,7 +41,7 @@ from .corruptions import CORRUPTIONS, STRENGTHS
 from .data import ImageSet, View, load_set
 from .distributed import World, choose_device
 from .export import SUFFIXES, load_exported
-from .pipelines import EVAL_BATCH, open_dataset, streamed_batches, validation_batches, validation_set
+from .pipelines import EVAL_BATCH, eval_batch, open_dataset, streamed_batches, validation_batches, validation_set
 from .recipe import Data, load_recipe
 
 Net = Callable[[Tensor], Tensor]
@@ -90,6 +90,8 @@ def _arguments() -> argparse.Namespace:
         parser.error("--crop-pct is more than 0 and at most 1")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error("--batch-size starts at 1")
+    if args.workers < 0:
+        parser.error("--workers starts at 0")
     if args.stream and (args.data is None or args.robustness):
         parser.error("--stream needs --data, and does not go with --robustness")
     # Images that are looked at once need no memory, and decoding them beside the model is faster.
@@ -169,7 +171,7 @@ def _adjusted(view: View, args: argparse.Namespace) -> View:
 def run(net: Net, images: ImageSet | Streamed, view: View, device: torch.device, args: argparse.Namespace) -> Outcomes:
     """Observe a model on a set, with half as many images at once each time the device runs out of memory."""
     amp = getattr(torch, args.amp) if args.amp else None
-    batch = args.batch_size or max(16, min(EVAL_BATCH, EVAL_BATCH * 64**2 // view.input_size[1] ** 2))
+    batch = args.batch_size or eval_batch(view)
     while True:
         try:
             outcomes = observe(net, _batches(images, view, device, batch, args.workers), amp)
@@ -188,7 +190,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(images, Streamed):
         total = -(-len(images.dataset) // batch)
-        parts = streamed_batches(images.dataset, view, device, workers, batch)
+        parts = streamed_batches(images.dataset, view, device, workers, len(images.classes), batch)
     else:
         total = -(-len(images) // batch)
         parts = validation_batches(images, view, World(0, 1, device), batch)
@@ -241,6 +243,7 @@ def _report(name: str, outcomes: Outcomes, images: ImageSet | Streamed) -> dict[
         "model": name,
         **asdict(summarize(outcomes)),
         "calibration_error": calibration(outcomes).error,
+        "streamed": isinstance(images, Streamed),  # then images_per_second includes decoding
         "per_class": {label: {"images": n, "top1": share if n else None} for label, (n, share) in by_class},
         "confusion": confusion(outcomes).tolist(),
     }
@@ -256,7 +259,7 @@ def _print(report: dict[str, Any]) -> None:
     ranked = sorted((entry["top1"], label) for label, entry in report["per_class"].items() if entry["images"])
     (worst, last), (best, first) = ranked[0], ranked[-1]
     print(f"classes   from {100 * worst:.1f}% ({last}) to {100 * best:.1f}% ({first})")
-    print(f"images/s  {report['images_per_second']:.0f}")
+    print(f"images/s  {report['images_per_second']:.0f}{', decoding included' if report['streamed'] else ''}")
 
 
 def _print_table(reports: list[dict[str, Any]]) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from .console import say
 from .distributed import World, choose_device
 from .engine import Diverged, Stopped, train
 from .recipe import Count, Recipe, Section, assign, explain, read_with_base, validate
-from .run_folder import hardware
+from .run_folder import hardware, version_of
 
 STUDIES = Path(__file__).parent / "studies"
 RUNS = Path("runs") / "studies"
@@ -103,9 +102,17 @@ def load_study(name: str) -> Study:
         names = [*study_names(), "propagation", "report"]
         raise UserError(f"unknown study {name!r}{did_you_mean(name, names)} (there is {', '.join(names)})")
     try:
-        return Study.model_validate(read_with_base(path))
+        study = Study.model_validate(read_with_base(path))
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error.errors()[0], Study)}") from None
+    for side in (
+        part for claim in study.claims for whole in (claim.better, *claim.than) for part in whole.split(" - ")
+    ):
+        arm, at, value = side.partition("@")
+        known = map(str, study.vary.values) if study.vary is not None else ()
+        if arm not in study.arms or (at and value not in known):
+            raise UserError(f"{path}: a claim compares {side!r}, which is no arm{did_you_mean(arm, study.arms)}")
+    return study
 
 
 def results_file(name: str) -> Path:
@@ -253,8 +260,6 @@ def _train_one(run: Run, device: str | None) -> dict[str, Any] | None:
                 (folder / "diverged").touch()
             except Stopped:
                 return None
-            finally:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
     rows = _metrics(folder)
     results = read_json(folder / "results.json") if not diverged else {}
     return {
@@ -269,8 +274,8 @@ def _train_one(run: Run, device: str | None) -> dict[str, Any] | None:
         "by_epoch": [row["val_top1"] for row in rows],
         "train_top1": rows[-1]["train_top1"] if rows and not diverged else None,
         "seconds": rows[-1]["seconds"] if rows else 0.0,
-        "hardware": hardware(where.device, 1),
-        "torch": torch.__version__,
+        "hardware": results.get("hardware") or hardware(where.device, 1),
+        "torch": version_of(folder, "torch"),
     }
 
 
@@ -283,4 +288,9 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
 
 def default_jobs(device: str | None) -> int:
     """Small nets leave most of a GPU idle, and one thread each is the fastest way to use a CPU's cores."""
-    return 4 if choose_device(device).type == "cuda" else max(1, len(os.sched_getaffinity(0)))
+    return 4 if choose_device(device).type == "cuda" else max(1, _cores())
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -47,12 +47,17 @@ def build_pipeline(recipe: Recipe, view: View, world: World) -> Pipeline:
     return (Resident if recipe.data.pipeline == "resident" else Streaming)(recipe, view, world)
 
 
+def eval_batch(view: View) -> int:
+    """How many images of this size are evaluated at once."""
+    return max(16, min(EVAL_BATCH, EVAL_BATCH * 64**2 // view.input_size[1] ** 2))
+
+
 def validation_batches(
-    images: ImageSet, view: View, world: World, size: int = EVAL_BATCH
+    images: ImageSet, view: View, world: World, size: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized batches of every world.size-th image, beginning at world.rank."""
     mean, std = _statistics(view, world.device)
-    for part in torch.arange(len(images))[world.rank :: world.size].split(size):
+    for part in torch.arange(len(images))[world.rank :: world.size].split(size or eval_batch(view)):
         batch = images.images[part].to(world.device).float() / 255
         yield (batch - mean[:, None, None]) / std[:, None, None], images.targets[part].to(world.device)
 
@@ -190,6 +195,7 @@ class Streaming:
             images, targets = next(batches)
             if step < start:
                 continue
+            _check_labels(targets, len(self.classes))
             images = images.to(world.device, non_blocking=True)
             targets = F.one_hot(targets.to(world.device), len(self.classes)).float()
             if mixes:
@@ -200,10 +206,12 @@ class Streaming:
             yield images, targets
 
     def _training_loader(self, part: Dataset) -> Iterable:
-        augment = self.recipe.augment
-        options: dict[str, Any] = {"hflip": 0.5 if augment.flip else 0.0}
-        if augment.crop_scale is not None:
-            options["scale"] = augment.crop_scale
+        augment = self.recipe.augment  # and nothing else: timm's own default changes colours
+        options: dict[str, Any] = {
+            "hflip": 0.5 if augment.flip else 0.0,
+            "scale": augment.crop_scale,
+            "color_jitter": 0.0,
+        }
         side = self.recipe.data.train_size or self.view.input_size[1]
         return _timm_loader(
             part,
@@ -219,7 +227,12 @@ class Streaming:
         part = self.val
         if not isinstance(part, IterableDataset):
             part = _Part(part, list(range(self.world.rank, self.val_size, self.world.size)))
-        return streamed_batches(part, self.view, self.world.device, self.recipe.data.workers)
+        return streamed_batches(part, self.view, self.world.device, self.recipe.data.workers, len(self.classes))
+
+
+def _check_labels(targets: Tensor, classes: int) -> None:
+    if len(targets) and int(targets.max()) >= classes:
+        raise UserError(f"an image is of class {int(targets.max())}, but the net knows classes 0 to {classes - 1}")
 
 
 def open_dataset(
@@ -252,11 +265,16 @@ def open_dataset(
 
 
 def streamed_batches(
-    dataset: Dataset, view: View, device: torch.device, workers: int, size: int = EVAL_BATCH
+    dataset: Dataset, view: View, device: torch.device, workers: int, classes: int, size: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalized batches through timm's loader, in the set's order; what cannot be read is left out and counted."""
+    """Normalized batches through timm's loader, in the set's order; what cannot be read is left out and counted.
+
+    Raises:
+        UserError: If a label is not below `classes`.
+    """
     missing = 0
-    for images, targets in _timm_loader(dataset, view, size, False, device, workers, {}):
+    for images, targets in _timm_loader(dataset, view, size or eval_batch(view), False, device, workers, {}):
+        _check_labels(targets, classes)
         readable = targets >= 0
         missing += int((~readable).sum())
         yield images[readable].to(device), targets[readable].to(device)

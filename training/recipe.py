@@ -40,7 +40,9 @@ class Data(Section):
         None,
         description="side of the random crops to train on, image_size if null; smaller is faster (arXiv 1906.06423)",
     )
-    stored_size: Count | None = Field(None, description="resident: side of the training images in memory, for crops")
+    stored_size: Count | None = Field(
+        None, description="resident: side of the training images in memory, near that of the crops; image_size if null"
+    )
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="share of the resized image that validation crops; the model's own if null"
     )
@@ -104,7 +106,7 @@ class Clip(Section):
 
 
 class Recipe(Section):
-    model: str = Field("risotto_resnet20", description="name of a timm model")
+    model: str = Field("risotto_resnet20", description="name of a timm model; with init_from, the checkpoint's counts")
     model_args: dict[str, Any] = Field({}, description="keyword arguments of timm.create_model, such as init and alpha")
     init_from: str | None = Field(
         None, description="start from a checkpoint: a model name with weights, local-dir:FOLDER or hf-hub:ORG/NAME"
@@ -162,14 +164,12 @@ class Recipe(Section):
                 "augment: shift and cutout belong to the resident pipeline; data.loader takes re_prob for streaming",
             ),
             (
-                self.data.pipeline == "streaming" and (self.data.holdout or self.data.train_images),
-                "data: holdout and train_images belong to the resident pipeline",
+                self.data.pipeline == "streaming" and self.augment.crop_scale is None,
+                "data: the streaming pipeline trains on random crops; set augment.crop_scale",
             ),
             (
-                self.data.stored_size is not None
-                and self.data.image_size is not None
-                and self.data.stored_size < self.data.image_size,
-                "data: stored_size is smaller than image_size",
+                self.data.pipeline == "streaming" and (self.data.holdout or self.data.train_images),
+                "data: holdout and train_images belong to the resident pipeline",
             ),
             (
                 self.data.stored_size is not None and self.augment.crop_scale is None,

@@ -18,6 +18,7 @@ from risotto_zoo.files import write_atomically
 from . import propagation
 from .cards import read_json
 from .grid import STUDIES, Claim, Study, candidates, chosen, current, load_study, results_file, study_names
+from .recipe import validate
 
 HEAD = """# The paper's claims, measured
 
@@ -121,21 +122,21 @@ def _untested(name: str, study: Study) -> str:
 
 
 def _conditions(study: Study, records: Records) -> str:
-    recipe = study.recipe
-    data = recipe["data"]
-    images = f"{data['train_images']:,}" if "train_images" in data else "all"
-    held = f", {data['holdout']:.0%} of them held out to measure on" if "holdout" in data else ""
+    recipe = validate(study.recipe, study.title)
+    data = recipe.data
+    images = f"{data.train_images:,}" if data.train_images is not None else "all"
+    held = f", {data.holdout:.0%} of them held out to measure on" if data.holdout else ""
     machines = ", ".join(sorted({r["hardware"] for r in records.values()}))
     versions = ", ".join(sorted({f"torch {r['torch']}" for r in records.values() if "torch" in r}))
     hours = sum(r["seconds"] for r in records.values()) / 3600
     text = (
-        f"Data: {Path(data['source']).name}, {images} training images{held}; {recipe['epochs']} epochs, batch "
-        f"{recipe.get('batch_size', 128)}; seeds {', '.join(map(str, study.seeds))}; {machines} a run"
+        f"Data: {Path(data.source).name}, {images} training images{held}; {recipe.epochs} epochs, batch "
+        f"{recipe.batch_size}; seeds {', '.join(map(str, study.seeds))}; {machines} a run"
         f"{f', {versions}' if versions else ''}, "
         f"{hours:.1f} hours of training in {len(records)} runs."
     )
     if study.tune is not None:
-        tried = {", ".join(f"{value:g}" for value in candidates(study, arm)) for arm in study.arms}
+        tried = {", ".join(map(_shown, candidates(study, arm))) for arm in study.arms}
         text += (
             f" `{study.tune.key}` was chosen for each row among {' or '.join(sorted(tried))} on a held-out tenth of "
             "the training images, one run each; a choice at the end of the range is marked *."
@@ -171,11 +172,16 @@ def _table(study: Study, records: Records) -> str:
 
 def _choice(study: Study, records: Records, arm: str, x: Any) -> str:
     value = chosen(study, records, arm, x)
-    if value is None:
-        return "-"
+    return "-" if value is None else _shown(value) + ("*" if _at_end(study, arm, value) else "")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def _at_end(study: Study, arm: str, value: Any) -> bool:
     tried = candidates(study, arm)
-    edge = value in (min(tried), max(tried))
-    return f"{value:g}{'*' if edge else ''}"
+    return isinstance(value, (int, float)) and value in (min(tried), max(tried))
 
 
 def _scores(study: Study, records: Records, side: str, measure: str) -> dict[int, float]:
@@ -206,7 +212,7 @@ def _verdict(study: Study, records: Records, claim: Claim) -> str:
         if any(side.keys() != set(study.seeds) for side in sides):
             return "Not tested at that scale: runs are missing."
         mean, low, high = (scale * value for value in difference(*(list(side.values()) for side in sides)))
-        confirmed &= low > 0
+        confirmed &= 0 < low < high  # three times the same count is no interval
         opposite += [other] if high < 0 else []
         told.append(f"{mean:+.1f} {unit} against {other} ({low:+.1f} to {high:+.1f})")
     over = ""
@@ -215,9 +221,20 @@ def _verdict(study: Study, records: Records, claim: Claim) -> str:
     elif study.vary is not None and "@" not in claim.better:
         over = " on average over the range"
     verdict = "Confirmed" if confirmed else "Not confirmed"
+    if confirmed and any(_may_do_better(study, records, other) for other in claim.than):
+        verdict += f", for the values of `{study.tune.key}` that were tried (*)"
     if opposite:
         verdict += f", and the opposite was measured against {', '.join(opposite)}"
     return f"{verdict}: {claim.better} is at {', '.join(told)}{over}."
+
+
+def _may_do_better(study: Study, records: Records, side: str) -> bool:
+    """Whether the tuned value of an arm, or of one of its values, is the first or the last that was tried."""
+    if study.tune is None or " - " in side:
+        return False
+    arm, at, value = side.partition("@")
+    varied = [x for x in (study.vary.values if study.vary else [None]) if not at or str(x) == value]
+    return any(_at_end(study, arm, chosen(study, records, arm, x)) for x in varied)
 
 
 def _figures(study: Study, records: Records) -> dict[str, Figure]:

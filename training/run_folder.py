@@ -18,7 +18,7 @@ import risotto_zoo
 from risotto_zoo.errors import UserError
 from risotto_zoo.files import write_atomically
 
-from .recipe import Recipe, dump
+from .recipe import Recipe, dump, load_recipe
 
 FILES = (
     "results.json",
@@ -50,8 +50,7 @@ def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             raise UserError(f"{folder} holds a finished run; pass --overwrite to replace it, or another --output")
         if not resume:
             raise UserError(f"{folder} holds an unfinished run; pass --resume to go on or --overwrite to start again")
-        theirs = _without_comments(folder / "recipe.yaml")
-        if theirs != _without_comments_text(dump(recipe)):
+        if load_recipe(str(folder / "recipe.yaml")) != recipe:
             raise UserError(f"{folder} holds an unfinished run of another recipe; pass --overwrite or another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,12 +82,12 @@ def _versions() -> str:
     return "".join(f"# {name} {version}\n" for name, version in packages.items())
 
 
-def _without_comments(path: Path) -> list[str]:
-    return _without_comments_text(path.read_text(encoding="utf-8"))
-
-
-def _without_comments_text(text: str) -> list[str]:
-    return [line for line in text.splitlines() if not line.startswith("#")]
+def version_of(folder: Path, package: str) -> str:
+    """The version of a package that the run in `folder` was begun with."""
+    for line in (folder / "recipe.yaml").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"# {package} "):
+            return line.rpartition(" ")[2]
+    return "unknown"
 
 
 def _json(path: Path) -> dict[str, Any] | None:

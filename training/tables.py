@@ -17,7 +17,7 @@ from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import write_atomically
 
 from .cards import CARDS, between, duration, releases
-from .recipe import RECIPES, Recipe, load_recipe, section_of
+from .recipe import RECIPES, Recipe, load_recipe, section_of, validate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -84,10 +84,10 @@ def reached(name: str) -> str:
         if load_recipe(str(CARDS / release / "recipe.yaml")) == recipe:
             return _reached(result, result["evaluation"])
     path = RESULTS / f"{name}.json"
-    if not path.is_file():
+    record = json.loads(path.read_text()) if path.is_file() else None
+    if record is None or validate(record["recipe"], str(path)) != recipe:
         return "Accuracy and time: has not been run."
-    result = json.loads(path.read_text())["results"]
-    return _reached(result, _best(result))
+    return _reached(record["results"], _best(record["results"]))
 
 
 def _reached(result: dict[str, Any], score: dict[str, Any]) -> str:
@@ -138,11 +138,11 @@ def add(run: Path, sweep: bool) -> None:
         raise UserError(f"{run} is not finished")
     keys = rows[0].split(",")
     history = [dict(zip(keys, map(float, row.split(",")), strict=True)) for row in rows[1:]]
-    record: dict[str, Any] = {"results": results, "history": history}
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    record: dict[str, Any] = {"results": results, "history": history, "recipe": json.loads(recipe.model_dump_json())}
     if sweep:
-        recipe = load_recipe(str(run / "recipe.yaml"))
         record["settings"] = {
-            "model": recipe.model,
+            "model": results["model"],
             "lr": recipe.optimizer.lr,
             "other_lr": recipe.optimizer.other_lr,
             "clip": recipe.clip.value if recipe.clip else None,
@@ -159,6 +159,7 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """What sweeps change now and then, and how it is in the runs that do not say it."""
     return {
         "batch": (recipe.batch_size, 128),
+        "warmup": (recipe.warmup_epochs, 1.0),
         "weight_decay": (recipe.optimizer.weight_decay, 0.01),
         "weight_standardization": (recipe.weight_standardization, False),
         "amp": (recipe.amp, None),

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
@@ -23,7 +24,7 @@ from .cards import read_json
 from .console import say
 from .distributed import World, choose_device
 from .engine import Diverged, Stopped, train
-from .recipe import Section, explain, load_recipe
+from .recipe import Recipe, Section, explain, load_recipe
 from .release import release
 
 ROWS = Path(__file__).parent / "zoo.yaml"
@@ -60,8 +61,16 @@ def folder_of(recipe: str, runs: Path) -> Path:
     return runs / Path(recipe).stem
 
 
-def finished(run: Path) -> bool:
-    return (run / "results.json").is_file() and bool(read_json(run / "results.json").get("finished"))
+def finished(run: Path, recipe: Recipe) -> bool:
+    """Whether the folder holds a finished run of this recipe.
+
+    Raises:
+        UserError: If it holds one of another recipe.
+    """
+    done = (run / "results.json").is_file() and bool(read_json(run / "results.json").get("finished"))
+    if done and load_recipe(str(run / "recipe.yaml")) != recipe:
+        raise UserError(f"{run} holds a run of another recipe; move it away, or name another folder with --runs")
+    return done
 
 
 def train_row(row: Row, runs: Path, settings: list[str], device: str | None) -> bool:
@@ -71,11 +80,11 @@ def train_row(row: Row, runs: Path, settings: list[str], device: str | None) -> 
         Stopped: When a signal, or the end of the time, has stopped a run; its state is saved.
     """
     for name in (row.recipe, row.twin):
-        if name is None or finished(folder_of(name, runs)):
+        if name is None or finished(folder_of(name, runs), recipe := load_recipe(name, settings)):
             continue
         say(f"--- {name}")
         try:
-            train(load_recipe(name, settings), folder_of(name, runs), World(0, 1, choose_device(device)))
+            train(recipe, folder_of(name, runs), World(0, 1, choose_device(device)))
         except Diverged as error:
             say(f"{name} is left out: {error}")
             return False
@@ -117,23 +126,25 @@ def main() -> int:
         alarm = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
         alarm.daemon = True
         alarm.start()
+    signal.signal(signal.SIGTERM, _stop)  # while nothing is trained
     for row in rows:
         try:
             done = train_row(row, args.runs, args.set, args.device)
+            runs = {name: folder_of(name, args.runs) for name in (row.recipe, row.twin) if name is not None}
+            for name, run in runs.items():
+                if args.collect is not None and finished(run, load_recipe(name, args.set)):
+                    collect(run, args.collect)
+                elif args.collect is None and done:
+                    others = [other for other in runs.values() if other != run]
+                    say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
         except Stopped as stopped:
             say(f"stopped in {row.recipe}; the same command goes on from here")
             return 0 if end is not None and time.monotonic() >= end else 128 + int(stopped.args[0])
-        runs = [folder_of(name, args.runs) for name in (row.recipe, row.twin) if name is not None]
-        if args.collect is not None:
-            for run in filter(finished, runs):
-                collect(run, args.collect)
-        elif done:
-            for run in runs:
-                others = [other for other in runs if other != run]
-                say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
-        if end is not None and time.monotonic() >= end:
-            break
     return 0
+
+
+def _stop(number: int, _frame: Any) -> None:
+    raise Stopped(number)
 
 
 if __name__ == "__main__":
