@@ -87,12 +87,12 @@ def test_a_wrong_folder_is_one_line_and_code_2(damage, words, folder, command, t
         (["batch_size=100"], "batch_size 100 is more than the 48 training images"),
         (["init_from=local-dir:/no/where"], "/no/where"),
         (["init_from=https:nowhere"], "source"),
-        (["augment.shift=16"], "must be smaller than the images of 16 pixels"),
+        (["augment.shift=16"], "augment.shift: it must be smaller than the images of 16 px"),
         (["model_args={in_chans: 4}"], "in_chans is 4"),
         (["data.holdout=0.001"], "leaves one part empty"),
-        (["data.pipeline=streaming", "augment={}", "data.loader={re_probe: 1}"], "takes no such argument"),
-        (["data.pipeline=streaming", "augment={}", "data.loader={auto_augment: foo}"], "data.loader"),
-        (["data.pipeline=streaming", "augment={}", "data.loader={batch_size: 3}"], "takes no such argument"),
+        (["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}", "data.loader={re_probe: 1}"], "takes no such argument"),
+        (["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}", "data.loader={auto_augment: foo}"], "data.loader"),
+        (["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}", "data.loader={batch_size: 3}"], "takes no such argument"),
         (["optimizer={name: adamw, options: {betas: [0.9]}}"], "optimizer adamw"),
     ],
 )
@@ -306,7 +306,7 @@ def test_cifar_statistics_are_those_in_the_table():
 @pytest.mark.parametrize("pipeline", ["resident", "streaming"])
 @pytest.mark.parametrize("kind", ["tar", "torch/image_folder"])
 def test_tar_files_and_timm_data_sets_are_the_same_images(kind, pipeline, folder, command, tmp_path):
-    settings = [f"data.pipeline={pipeline}", "data.workers=0", "augment={flip: true}"]
+    settings = [f"data.pipeline={pipeline}", "data.workers=0", "augment={flip: true, crop_scale: [0.5, 1.0]}"]
     if kind == "tar":
         for split in ("train", "val"):
             shutil.make_archive(str(folder / split), "tar", folder / split)

@@ -23,7 +23,7 @@ from training.recipe import Recipe, _known_keys, dump, load_recipe, recipe_names
         ("digits", ["optimizer.name=mouon"], ["unknown optimizer 'mouon'", "'muon'"]),
         ("digits", ["schedule=cosin"], ["schedule", "'cosine'"]),
         ("digits", ["augment.crop_scale=[1.0, 0.5]"], ["augment.crop_scale", "smallest <= largest"]),
-        ("digits", ["data.train_size=6"], ["data.train_size", "augment.crop_scale"]),
+        ("digits", ["data.train_size=6"], ["train_size", "augment.crop_scale"]),
         ("digits", ["warmup_epochs=99"], ["warmup_epochs 99"]),
         ("digits", ["accumulate=7"], ["no multiple of accumulate"]),
         ("digits", ["epochs"], ["write it as key=value"]),

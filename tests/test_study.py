@@ -92,8 +92,10 @@ def test_bad_studies_and_arguments_are_one_line(toy, command):
     path = grid.STUDIES / "toy.yaml"
     path.write_text(yaml.safe_dump({**TOY, "sedes": [1]}))
     assert "unknown key 'sedes'; the nearest is 'seeds'" in command(study.main, "toy").err
-    path.write_text(yaml.safe_dump({**TOY, "arms": {"a": {"optimizer.lrr": 1}}}))
+    path.write_text(yaml.safe_dump({**TOY, "claims": [], "arms": {"a": {"optimizer.lrr": 1}}}))
     assert "optimizer.lr" in command(study.main, "toy", "--device", "cpu").err
+    path.write_text(yaml.safe_dump({**TOY, "claims": [{"text": "-", "better": "hopelss", "than": ["hopeless"]}]}))
+    assert "'hopelss', which is no arm; did you mean 'hopeless'" in command(study.main, "toy").err
     path.write_text(yaml.safe_dump({**TOY, "recipe": {**TOY["recipe"], "data": {"source": "nowhere"}}}))
     assert "nowhere" in command(study.main, "toy", "--device", "cpu").err
     assert command(study.main, "toy", "--jobs", 0).code == 2
@@ -185,17 +187,19 @@ def test_verdicts():
 
 def test_the_width_of_a_range_counts_values_near_an_arms_own_best():
     study = grid.load_study("learning_rate_robustness_small")
-    accuracy = {"RISOTTO": (0.5, 0.58, 0.56, 0.3), "Fixup": (0.2, 0.3, 0.2, 0.1)}
+    accuracy = {"RISOTTO": (0.55, 0.58, 0.56, 0.3), "Fixup": (0.2, 0.3, 0.2, 0.1)}
     records = {
         f"{arm}{seed}{x}": {"arm": arm, "x": x, "seed": seed, "top1": value, "tuning": False}
         for arm, row in accuracy.items()
         for seed in study.seeds
         for x, value in zip(study.vary.values, row, strict=True)
     }
-    assert report._scores(study, records, "RISOTTO", "width") == {0: 2, 1: 2, 2: 2}
+    assert report._scores(study, records, "RISOTTO", "width") == {0: 3, 1: 3, 2: 3}
     assert report._scores(study, records, "Fixup", "width") == {0: 1, 1: 1, 2: 1}
     claim = grid.Claim(text="-", better="RISOTTO", than=["Fixup"], measure="width")
-    assert report._verdict(study, records, claim).startswith("Confirmed: RISOTTO is at +1.0 values against Fixup")
+    assert report._verdict(study, records, claim).startswith("Not confirmed: RISOTTO is at +2.0 values against Fixup")
+    next(record for record in records.values() if record["arm"] == "RISOTTO" and record["top1"] == 0.3)["top1"] = 0.56
+    assert report._verdict(study, records, claim).startswith("Confirmed: RISOTTO is at +2.3 values against Fixup")
 
 
 def test_records_of_an_earlier_edition_are_left_out():
