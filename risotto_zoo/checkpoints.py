@@ -118,28 +118,39 @@ def read_tensors(data: bytes, source: str) -> dict[str, Tensor]:
     return state
 
 
-def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any]) -> None:
+def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any], source: str) -> None:
     """Compare names and shapes of loaded tensors with those of the model they are for.
 
-    The classifier is as wide as `config` says and the stem reads as many channels, even where the model was made with
-    other numbers (timm adapts both later); everything else has the model's own shapes.
+    The classifier is as wide as `config` says (none for no classes) and the stem reads as many channels, even where
+    the model was made with other numbers (timm adapts both later); everything else has the model's own shapes.
+
+    Args:
+        state: Tensors by name.
+        model: The net that they are about to be loaded into.
+        config: timm's pretrained cfg of the weights.
+        source: What messages call them.
 
     Raises:
         UserError: Naming the first tensor that is missing, left over or of another shape.
     """
     name = config["architecture"]
-    source = config.get("file") or config.get("hf_hub_id") or "the state dict"
     own = model.state_dict()
     expected = {key: tuple(value.shape) for key, value in own.items()}
     channels, classes = config["input_size"][0], config["num_classes"]
     for key in ("first_conv", "classifier"):
-        if not config.get(key):
-            raise UserError(f"{source}: its configuration does not name the {key} of {name}")
-    stem = f"{config['first_conv']}.weight"
-    expected[stem] = (expected[stem][0], channels, *expected[stem][2:])
-    head = config["classifier"]
-    expected[f"{head}.weight"] = (classes, model.head_hidden_size)
-    expected[f"{head}.bias"] = (classes,)
+        if config.get(key) and not hasattr(model, config[key]):
+            raise UserError(f"{source}: its configuration calls {config[key]!r} the {key}, which {name} does not have")
+    if config.get("first_conv"):
+        stem = f"{config['first_conv']}.weight"
+        expected[stem] = (expected[stem][0], channels, *expected[stem][2:])
+    for part, shape in (("weight", (classes, model.head_hidden_size)), ("bias", (classes,))):
+        key = f"{config.get('classifier') or 'fc'}.{part}"
+        if classes == 0:
+            expected.pop(key, None)
+        elif model.num_classes == classes or key not in state:
+            expected[key] = shape
+        else:  # timm drops it, so it may be one for another pooling
+            expected[key] = (classes, *state[key].shape[1:])
     mend = "the file belongs to another architecture or was changed"
     for key, shape in expected.items():
         if key not in state:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,14 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def _precision_switches() -> list[tuple[Any, str, Any]]:
+    """What turns TensorFloat-32 off: objects, attributes and values, of the newer of torch's two interfaces."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9; it refuses to be asked by the older names after that
+        return [(matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]
+    return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+
+
 @torch.no_grad()
 def observe(
     model: nn.Module | Callable[[Tensor], Tensor],
@@ -65,13 +74,13 @@ def observe(
         batches: Images and class indices (B,), on the model's device.
         amp: Autocast to this dtype; float32 if None.
     """
-    was_training = isinstance(model, nn.Module) and model.training
+    modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     if isinstance(model, nn.Module):
         model.eval()
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    tf32 = [switch.allow_tf32 for switch in switches]
+    switches = _precision_switches()
+    before = [getattr(place, name) for place, name, _ in switches]
     for switch in switches:  # float32 in full, so that everybody's numbers are the same
-        switch.allow_tf32 = False
+        setattr(*switch)
     parts: list[tuple[Tensor, ...]] = []
     classes = 0
     start = time.perf_counter()
@@ -86,10 +95,10 @@ def observe(
             hits = (best == targets[:, None]).any(dim=1)
             parts.append(tuple(part.cpu() for part in (targets, best[:, 0], shares[:, 0], hits, losses)))
     finally:
-        if isinstance(model, nn.Module):
-            model.train(was_training)
-        for switch, value in zip(switches, tf32, strict=True):
-            switch.allow_tf32 = value
+        for module, training in modes.items():  # one by one: some may have been frozen
+            module.training = training
+        for (place, name, _), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
     if not parts:  # one of several processes may have none
         none = torch.zeros(0, dtype=torch.long)
         parts.append((none, none, none.float(), none.bool(), none.float()))

@@ -43,7 +43,8 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         brightest = values.max(initial=0)
-        scale = 257.0 if brightest > 255 else 1 / 255 if image.mode == "F" and brightest <= 1 else 1.0
+        deep = image.mode.startswith("I;16") or brightest > 255  # mode I and F do not say how deep they are
+        scale = 257.0 if deep else 1 / 255 if image.mode == "F" and brightest <= 1 else 1.0
         image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

@@ -137,11 +137,11 @@ def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
     finally:
         for handle in handles:
             handle.remove()
-    last = next(reversed(maps.values())).shape[-1]
+    last = next(reversed(maps.values())).shape[2:]
     results = []
     for name, full in maps.items():
-        step = full.shape[-1] // last
-        sampled = full[..., ::step, ::step].double().cpu()
+        rows, cols = (1 << (-(-side // end) - 1).bit_length() for side, end in zip(full.shape[2:], last, strict=True))
+        sampled = full[..., ::rows, ::cols].double().cpu()  # the power of two between the two sizes
         signals = signal(sampled).flatten(1)
         norm = signals.norm(dim=1).square().mean().sqrt().item()
         results.append(BlockSignal(name, norm, _similarity(signals), _similarity(sampled.flatten(1))))

@@ -13,7 +13,7 @@ from torchvision.transforms import Compose
 from .errors import UserError
 from .hub import MANIFEST, repository
 from .images import UnreadableImage, read_image, to_mode
-from .models import create_model
+from .models import create_model, parse_name
 
 BATCH = 64
 
@@ -47,9 +47,9 @@ def load(name: str, device: str | torch.device = "cpu", revision: str | None = N
     Raises:
         UserError: If there is no such model, it cannot be reached, or its weights do not verify.
     """
-    source, place = name.split(":", 1) if ":" in name else ("", name)
     if revision is not None:
-        if source.replace("_", "-") == "hf-hub":
+        source, place = parse_name(name)
+        if source == "hf-hub":
             name = f"hf-hub:{place.partition('@')[0]}@{revision}"
         elif revision != MANIFEST[release := _release(name)]["revision"]:
             name = f"hf-hub:{repository(release)}@{revision}"

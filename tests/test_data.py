@@ -79,6 +79,9 @@ def test_a_wrong_folder_is_one_line_and_code_2(damage, words, folder, command, t
     assert "Traceback" not in result.err and result.err.strip().count("\n") == 0
 
 
+STREAMED = ["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}"]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -90,9 +93,9 @@ def test_a_wrong_folder_is_one_line_and_code_2(damage, words, folder, command, t
         (["augment.shift=16"], "augment.shift: it must be smaller than the images of 16 px"),
         (["model_args={in_chans: 4}"], "in_chans is 4"),
         (["data.holdout=0.001"], "leaves one part empty"),
-        (["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}", "data.loader={re_probe: 1}"], "takes no such argument"),
-        (["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}", "data.loader={auto_augment: foo}"], "data.loader"),
-        (["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}", "data.loader={batch_size: 3}"], "takes no such argument"),
+        ([*STREAMED, "data.loader={re_probe: 1}"], "takes no such argument"),
+        ([*STREAMED, "data.loader={auto_augment: foo}"], "data.loader"),
+        ([*STREAMED, "data.loader={batch_size: 3}"], "takes no such argument"),
         (["optimizer={name: adamw, options: {betas: [0.9]}}"], "optimizer adamw"),
     ],
 )
@@ -225,6 +228,12 @@ def test_images_of_every_mode_become_rgb(mode, tmp_path):
     assert read.shape == (64, 64, 3)
     if mode not in ("1", "P"):
         assert np.abs(read.astype(int) - np.asarray(ramp).astype(int)[..., None]).max() <= 1
+
+
+def test_dark_images_of_16_bits_stay_dark(tmp_path):
+    for value in (200, 300):
+        Image.fromarray(np.full((4, 4), value, np.uint16)).save(tmp_path / "dark.png")
+        assert np.asarray(read_image(tmp_path / "dark.png")).max() <= 1
 
 
 def test_exif_rotation_and_animations(tmp_path):

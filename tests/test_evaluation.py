@@ -118,13 +118,20 @@ def test_edges():
     assert shares[0] == (1, 1.0) and shares[1][0] == 0 and math.isnan(shares[1][1])
 
 
-def test_the_models_mode_and_tf32_are_put_back():
+def test_the_models_modes_and_the_precision_are_put_back():
     model, batches, *_ = made()
-    model.train()
-    torch.backends.cuda.matmul.allow_tf32 = True
-    observe(model, batches)
-    assert model.training and torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    net = torch.nn.Sequential(model, torch.nn.BatchNorm1d(model(batches[0][0]).shape[1])).train()
+    net[1].eval()  # frozen
+    for precision in ("medium", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        observe(net, batches)
+        assert torch.get_float32_matmul_precision() == precision
+    assert net.training and net[0].training and not net[1].training
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch's newer interface
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        observe(net, batches)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
 def test_top1_of_1000_real_images_is_that_of_a_loop_over_timms_loader(tmp_path, command):

@@ -124,7 +124,8 @@ def test_predict_uses_the_good_ones_and_names_the_others(odd, command):
 @pytest.mark.parametrize("pipeline", ["resident", "streaming"])
 def test_training_uses_the_good_ones(pipeline, odd, command, tmp_path):
     settings = ["epochs=1", "warmup_epochs=0", "batch_size=10", "augment.shift=0", f"data.pipeline={pipeline}"]
-    settings += [f"data.source={odd}", "data.image_size=32", "data.workers=0", "model_args={}", "augment.crop_scale=[0.5, 1.0]"]
+    settings += [f"data.source={odd}", "data.image_size=32", "data.workers=0", "model_args={}"]
+    settings += ["augment.crop_scale=[0.5, 1.0]"]
     arguments = [part for setting in settings for part in ("--set", setting)]
     result = command(train.main, "--recipe", "digits", *arguments, "--output", tmp_path / "run", "--device", "cpu")
     assert result.code == 0 and "top-1" in result.err, result

@@ -544,9 +544,29 @@ def test_a_cfg_that_names_other_weights_gets_those_or_none(folder, published, hu
     assert torch.equal(model.fc.weight, safetensors.torch.load_file(folder / WEIGHTS)["fc.weight"])
     with pytest.raises(UserError, match="URL"):
         timm.create_model("risotto_resnet32", pretrained=True, pretrained_cfg_overlay={"url": "http://x/y.safetensors"})
+    with pytest.raises(UserError, match=r"hf_hub_filename is 'ema.safetensors'"):
+        timm.create_model(
+            "risotto_resnet20",
+            pretrained=True,
+            pretrained_cfg_overlay={**overlay, "hf_hub_filename": "ema.safetensors"},
+        )
+    with pytest.raises(UserError, match=r"x.pth: only safetensors are read"):
+        timm.create_model("risotto_resnet20", pretrained=True, pretrained_cfg_overlay={"file": "x.pth"})
+    with pytest.raises(UserError, match="the state dict lacks the tensor"):
+        timm.create_model("risotto_resnet20", pretrained=True, pretrained_cfg_overlay={"state_dict": {"x": 1}})
     given = {"state_dict": safetensors.torch.load_file(folder / WEIGHTS)}
     model = timm.create_model("risotto_resnet20", pretrained_cfg_overlay=given, seed=0)
     assert torch.equal(model.conv1.weight, timm.create_model("risotto_resnet20", seed=0).conv1.weight)
+
+
+def test_weights_serve_nets_with_another_head_and_none(folder, tmp_path):
+    for more in ({"num_classes": 5, "global_pool": "catavgmax"}, {"num_classes": 0, "global_pool": "catavgmax"}):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True, **more)
+        assert torch.equal(model.conv1.weight, safetensors.torch.load_file(folder / WEIGHTS)["conv1.weight"])
+    headless = timm.create_model("risotto_resnet20", num_classes=0, seed=0)
+    timm.models.save_for_hf(headless, tmp_path / "headless", safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'headless'}", pretrained=True)
+    assert torch.equal(again.conv1.weight, headless.conv1.weight) and again.num_classes == 0
 
 
 def test_no_pickle_of_another_architecture_either(hub, tmp_path):

@@ -204,6 +204,10 @@ def test_output_stride_dilates():
         ({"norm": "layer"}, "norm must be one of"),
         ({"skip": "none"}, "skip must be one of"),
         ({"alpha": 0.0}, "alpha=0"),
+        ({"init": "he", "alpha": float("nan")}, "not a finite number"),
+        ({"output_stride": 3}, "output_stride must be one of"),
+        ({"layers": (1, 1), "channels": (16, 32, 64)}, "one to four of each"),
+        ({"pretrained": True, "init": "risoto"}, "did you mean 'risotto'"),
     ],
 )
 def test_wrong_options_say_what_is_right(options, message):

@@ -98,6 +98,8 @@ def test_similarity_and_norm_are_constant_by_depth_and_he_makes_images_alike():
     for block in blocks:
         assert block.similarity == pytest.approx(blocks[0].similarity, abs=1e-12)
         assert block.norm == pytest.approx(blocks[0].norm, rel=1e-12)
+    odd = signal_by_block(timm.create_model("risotto_resnet20", seed=0, dtype=torch.float64), images[..., :31, :27])
+    assert all(block.norm == pytest.approx(odd[0].norm, rel=1e-12) for block in odd)
     he = signal_by_block(timm.create_model("risotto_resnet56", init="he", seed=0, dtype=torch.float64), images)
     assert he[-1].similarity > 0.8 > he[0].similarity
     with pytest.raises(ValueError, match="two images"):
@@ -207,6 +209,15 @@ def test_what_cannot_be_exact_is_refused_and_left_alone(make, named, reason):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_what_fixup_leaves_in_its_scalars_is_zeroed_by_the_others():
+    model = timm.create_model("risotto_resnet20", init="fixup", dtype=torch.float64).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(3.0) if name.endswith("biases") else None
+    risotto_(model, generator=torch.Generator().manual_seed(0))
+    values = singular_values(signal_map(model), torch.randn(3, 16, 16, dtype=torch.float64))
+    torch.testing.assert_close(values[values > 0], torch.ones_like(values[values > 0]), atol=1e-10, rtol=0)
+
+
 def test_impossible_alphas_and_generators_are_refused():
     model = timm.create_model("risotto_resnet20")
     before = model.state_dict()["conv1.weight"].clone()
@@ -216,6 +227,8 @@ def test_impossible_alphas_and_generators_are_refused():
         risotto_(model, alpha=float("nan"))
     with pytest.raises(ValueError, match="neither an alpha"):
         risotto_(timm.create_model("resnet18", norm_layer=nn.Identity, zero_init_last=False), alpha=0.5)
+    with pytest.raises(ValueError, match="neither an alpha"):
+        he_(timm.create_model("resnet18", norm_layer=nn.Identity, zero_init_last=False), alpha=0.5)
     assert torch.equal(model.conv1.weight, before)
 
 

@@ -185,6 +185,18 @@ def test_verdicts():
     assert "runs are missing" in report._verdict(study, records, claim)
 
 
+def test_a_verdict_says_that_the_other_side_may_do_better_outside_of_what_was_tried():
+    study = grid.load_study("alpha_small")
+    best = {0.0: study.arms["RISOTTO"].get("tune", study.tune.values)[-1]}
+    runs = grid.tuning_runs(study)
+    records = {r.key: {"top1": float(r.tuned == best.get(r.x, 0.003)), "tuning": True, "arm": r.arm} for r in runs}
+    for run in grid.final_runs(study, records):
+        top1 = 0.5 + (run.x == 1.0) / 10 + run.seed / 1000
+        records[run.key] = {"top1": top1, "tuning": False, "arm": run.arm, "x": run.x, "seed": run.seed}
+    told = report._verdict(study, records, study.claims[0])
+    assert told.startswith("Confirmed, for the values of `optimizer.lr` that were tried (*): RISOTTO@1.0 is at +10.0")
+
+
 def test_the_width_of_a_range_counts_values_near_an_arms_own_best():
     study = grid.load_study("learning_rate_robustness_small")
     accuracy = {"RISOTTO": (0.55, 0.58, 0.56, 0.3), "Fixup": (0.2, 0.3, 0.2, 0.1)}

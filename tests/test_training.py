@@ -18,8 +18,9 @@ import timm
 import torch
 import yaml
 
+from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import wilson_interval
-from training import evaluate, train
+from training import engine, evaluate, train
 from training.data import View
 from training.distributed import World
 from training.pipelines import build_pipeline
@@ -390,6 +391,34 @@ def test_layer_decay_gives_early_layers_smaller_steps(finished, command, tmp_pat
     assert result.code == 0, result.err
     moved = {key: (weights(tmp_path / "tuned")[key] - value).abs().mean() for key, value in weights(finished).items()}
     assert moved["layer1.0.conv1.weight"] < 0.1 * moved["layer3.2.conv1.weight"]
+
+
+def test_a_signal_while_the_data_is_read_stops_the_run(command, tmp_path, monkeypatch):
+    build, before = engine.build, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(*args)
+
+    monkeypatch.setattr(engine, "build", interrupted)
+    result = command(train.main, "--recipe", "digits", *TINY, "--output", tmp_path / "run", "--device", "cpu")
+    assert result.code == 143 and "stopped by SIGTERM" in result.err
+    assert signal.getsignal(signal.SIGTERM) == before and not list((tmp_path / "run").iterdir())
+
+
+def test_streaming_augments_as_the_recipe_says_and_no_more(photo_folder):
+    settings = [f"data.source={photo_folder}", "data.pipeline=streaming", "model_args={in_chans: 3}", "batch_size=8"]
+    settings += ["augment={flip: false, crop_scale: [0.5, 1.0]}", "data.workers=0"]
+    view = View((3, 24, 24), (0.5,) * 3, (0.5,) * 3)
+    batches = build_pipeline(load_recipe("digits", settings), view, World(0, 1, torch.device("cpu")))
+    steps = str(batches._training_loader(batches.train).dataset.transform)
+    assert "RandomResizedCrop" in steps and "scale=(0.5, 1.0)" in steps
+    assert "Jitter" not in steps and "Flip" not in steps
+    with pytest.raises(UserError, match=r"set augment\.crop_scale"):
+        load_recipe("digits", ["data.pipeline=streaming", "augment={}"])
+    batches.classes = ["one"]
+    with pytest.raises(UserError, match="an image is of class 1, but the net knows classes 0 to 0"):
+        list(batches.epoch(0))
 
 
 @pytest.mark.parametrize("pipeline", ["resident", "streaming"])

@@ -58,6 +58,8 @@ def test_a_row_is_trained_once_and_released_with_its_twin(toy, command, tmp_path
     monkeypatch.setattr(zoo, "train", lambda *_: pytest.fail("a finished run was run again"))
     assert command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu").code == 0
     assert {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()} == before
+    result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu", "--set", "epochs=2")
+    assert result.code == 2 and "holds a run of another recipe" in result.err
 
 
 def test_the_time_ends_a_run_and_the_next_one_goes_on(toy, command, tmp_path):

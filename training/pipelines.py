@@ -210,7 +210,7 @@ class Streaming:
         options: dict[str, Any] = {
             "hflip": 0.5 if augment.flip else 0.0,
             "scale": augment.crop_scale,
-            "color_jitter": 0.0,
+            "color_jitter": None,
         }
         side = self.recipe.data.train_size or self.view.input_size[1]
         return _timm_loader(

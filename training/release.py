@@ -165,7 +165,8 @@ def _check_plain(config: dict[str, Any], state: dict[str, Tensor], run: Path) ->
         )
     channels = config["pretrained_cfg"]["input_size"][0]
     model = create_model(name, num_classes=config["num_classes"], in_chans=channels, init=None)
-    check_state(state, model, {**config["pretrained_cfg"], "architecture": name, "num_classes": config["num_classes"]})
+    cfg = {**config["pretrained_cfg"], "architecture": name, "num_classes": config["num_classes"]}
+    check_state(state, model, cfg, f"{run}/{WEIGHTS}")
 
 
 def _evaluated(run: Path, recipe: Recipe, state: dict[str, Tensor], device: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ time is over the state is saved; the same command goes on. A row is released as 
 
 import argparse
 import io
+import math
 import os
 import signal
 import tarfile
@@ -121,12 +122,20 @@ def main() -> int:
     if args.minutes is not None and not args.minutes > 0:
         parser.error("--minutes must be more than 0")
     rows = load_rows(args.rows)
-    end = time.monotonic() + 60 * args.minutes if args.minutes else None
-    if end is not None:
-        alarm = threading.Timer(60 * args.minutes, os.kill, (os.getpid(), signal.SIGTERM))
-        alarm.daemon = True
+    before = signal.signal(signal.SIGTERM, _stop)  # for the time when nothing is trained
+    end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+    alarm = threading.Timer(60 * (args.minutes or 0), os.kill, (os.getpid(), signal.SIGTERM))
+    if args.minutes:
         alarm.start()
-    signal.signal(signal.SIGTERM, _stop)  # while nothing is trained
+    try:
+        return _work(rows, args, end)
+    finally:
+        alarm.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
+    """Train and release row by row; the exit code."""
     for row in rows:
         try:
             done = train_row(row, args.runs, args.set, args.device)
@@ -139,7 +148,7 @@ def main() -> int:
                     say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
         except Stopped as stopped:
             say(f"stopped in {row.recipe}; the same command goes on from here")
-            return 0 if end is not None and time.monotonic() >= end else 128 + int(stopped.args[0])
+            return 0 if time.monotonic() >= end else 128 + int(stopped.args[0])
     return 0
 
 

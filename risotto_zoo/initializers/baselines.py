@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .matrices import delta_kernel_, semi_orthogonal
-from .structure import ResNetStructure, resnet_structure
+from .structure import ResNetStructure, check_alpha, resnet_structure
 
 Rng = torch.Generator | None
 
@@ -22,7 +22,7 @@ def he_(model: nn.Module, alpha: float | None = None, generator: Rng = None) -> 
 
     Source: He et al., arXiv 1502.01852; fan-out as in torchvision and timm.
     Raises:
-        ValueError: If the network is not a ResNet that `resnet_structure` reads.
+        ValueError: If the network is not a ResNet that `resnet_structure` reads, or cannot hold an alpha.
     """
     structure = resnet_structure(model)
     _he(structure, 1.0 if alpha is None else alpha, generator)
@@ -42,7 +42,8 @@ def fixup_(model: nn.Module, alpha: float | None = None, generator: Rng = None) 
     without the branch's first scalar; the classifier has no scalar before it; on other nets than those of
     `init='fixup'` the scalar biases are missing.
     Raises:
-        ValueError: If the network has batch normalization, which Fixup replaces, or is no ResNet that is read.
+        ValueError: If the network has batch normalization, which Fixup replaces, is no ResNet that is read, or has no
+            multipliers to hold an alpha.
     """
     structure = resnet_structure(model)
     _refuse_norms(structure, "fixup")
@@ -52,8 +53,6 @@ def fixup_(model: nn.Module, alpha: float | None = None, generator: Rng = None) 
         for conv in block.convs[:-1]:
             conv.weight.mul_(scale)
         block.convs[-1].weight.zero_()
-        if block.biases is not None:
-            block.biases.zero_()
     if structure.head is not None:
         structure.head.weight.zero_()
     return model
@@ -71,7 +70,7 @@ def skipinit_(model: nn.Module, alpha: float | None = None, generator: Rng = Non
         ValueError: If alpha is given and not 0, or a block has neither an alpha nor a gamma to hold the 0.
     """
     structure = resnet_structure(model)
-    _refuse_alpha(structure, alpha, "skipinit")
+    _refuse_alpha(alpha, "skipinit")
     _he(structure, 0.0, generator)
     return model
 
@@ -90,7 +89,7 @@ def rezero_(model: nn.Module, alpha: float | None = None, generator: Rng = None)
         ValueError: If alpha is given and not 0, or a block has neither an alpha nor a gamma to hold the 0.
     """
     structure = resnet_structure(model)
-    _refuse_alpha(structure, alpha, "rezero")
+    _refuse_alpha(alpha, "rezero")
     _he(structure, 0.0, generator)
     for layer in [*_convs(structure), *([structure.head] if structure.head is not None else [])]:
         fan_in = layer.weight[0].numel()
@@ -109,7 +108,7 @@ def orthogonal_delta_(model: nn.Module, alpha: float | None = None, generator: R
 
     Source: Xiao et al., arXiv 1806.05393, whose nets are plain chains of tanh layers; the gains are this project's.
     Raises:
-        ValueError: If the network is not a ResNet that `resnet_structure` reads.
+        ValueError: If the network is not a ResNet that `resnet_structure` reads, or cannot hold an alpha.
     """
     structure = resnet_structure(model)
     _he(structure, 1.0 if alpha is None else alpha, generator)
@@ -124,11 +123,14 @@ def orthogonal_delta_(model: nn.Module, alpha: float | None = None, generator: R
 
 
 def _he(structure: ResNetStructure, alpha: float, generator: Rng) -> None:
+    check_alpha(structure, alpha)
     for norm in structure.norms:
         norm.reset_parameters()
     for block in structure.blocks:
         if block.gain is not None:
             block.gain.fill_(alpha)
+        if block.biases is not None:
+            block.biases.zero_()
     for conv in _convs(structure):
         fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
         _normal_(conv, (2 / fan_out) ** 0.5, generator)
@@ -156,9 +158,6 @@ def _refuse_norms(structure: ResNetStructure, scheme: str) -> None:
         raise ValueError(f"{scheme} is defined for nets without normalization; this one has batch norm")
 
 
-def _refuse_alpha(structure: ResNetStructure, alpha: float | None, scheme: str) -> None:
+def _refuse_alpha(alpha: float | None, scheme: str) -> None:
     if alpha not in (None, 0):
         raise ValueError(f"{scheme} starts every branch at alpha = 0, not {alpha}; leave alpha out")
-    for block in structure.blocks:
-        if block.gain is None:
-            raise ValueError(f"{block.name}: has neither an alpha nor a normalization weight to hold alpha=0")

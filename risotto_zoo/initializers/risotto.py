@@ -5,7 +5,6 @@ paper's. The constructions for identity skips are this project's; the one for bo
 """
 
 import itertools
-import math
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from .matrices import (
     signed_permutation,
     signed_selection,
 )
-from .structure import Block, resnet_structure
+from .structure import Block, check_alpha, resnet_structure
 
 Rng = torch.Generator | None
 
@@ -133,8 +132,7 @@ def risotto_(model: nn.Module, alpha: float | None = None, generator: torch.Gene
         raise ValueError(
             f"the generator is on {generator.device}; only a CPU generator gives the same weights anywhere"
         )
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}, not a finite number")
+    check_alpha(structure, alpha)
     for block in structure.blocks:
         _check_block(block, alpha)
     features = structure.blocks[-1].convs[-1].out_channels
@@ -164,8 +162,6 @@ def risotto_head_(head: nn.Linear, features: int, generator: torch.Generator | N
 
 
 def _check_block(block: Block, alpha: float) -> None:
-    if block.gain is None and alpha != 1:
-        raise ValueError(f"{block.name}: has neither an alpha nor a normalization weight to hold alpha={alpha}")
     if block.skip is not None:
         return
     if alpha == 0:
@@ -191,3 +187,5 @@ def _write_block(block: Block, alpha: float, generator: Rng) -> None:
         delta_kernel_(conv, matrix)
     if block.gain is not None:
         block.gain.fill_(alpha)
+    if block.biases is not None:
+        block.biases.zero_()

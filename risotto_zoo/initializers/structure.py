@@ -3,6 +3,7 @@
 Whatever an exact initialization cannot handle is refused here, before any weight has changed.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,6 +50,15 @@ def resnet_structure(model: nn.Module) -> ResNetStructure:
             structure.blocks.append(_read_block(f"{stage}.{index}", block))
     structure.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return structure
+
+
+def check_alpha(structure: ResNetStructure, alpha: float) -> None:
+    """Refuse an alpha that is not finite, or that a block has no multiplier to hold."""
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}, not a finite number")
+    for block in structure.blocks:
+        if block.gain is None and alpha != 1:
+            raise ValueError(f"{block.name}: has neither an alpha nor a normalization weight to hold alpha={alpha}")
 
 
 def _stage_names(model: nn.Module) -> list[str]:

@@ -17,7 +17,7 @@ from . import variants
 from .blocks import BasicBlock, Bottleneck
 from .resnet import RisottoResNet
 
-__all__ = ["BasicBlock", "Bottleneck", "RisottoResNet", "create_model", "saved_arguments", "variants"]
+__all__ = ["BasicBlock", "Bottleneck", "RisottoResNet", "create_model", "parse_name", "saved_arguments", "variants"]
 
 
 def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -26,20 +26,30 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     Raises:
         UserError: For an unknown model (naming the nearest), arguments it does not take, or weights it cannot load.
     """
-    try:
-        source, architecture = timm.models.parse_model_name(name)
-    except (ValueError, AssertionError) as error:
-        raise UserError(str(error) or f"model name {name!r} has an unknown source") from None
+    source, architecture = parse_name(name)
     if source is None and not timm.is_model(architecture.split(".")[0]):
         raise UserError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
-    _verify_source(source, architecture, pretrained, kwargs.get("cache_dir"))
     try:
+        _verify_source(source, architecture, pretrained, kwargs.get("cache_dir"))
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except UserError:
         raise
     except Exception as error:  # the net, timm, safetensors and the Hub's client each raise their own kinds
         reason = str(error).split("\n")[0].replace("RisottoResNet.__init__() got", "the model got")
         raise UserError(f"model {name}: {reason or type(error).__name__}") from None
+
+
+def parse_name(name: str) -> tuple[str | None, str]:
+    """Source ('hf-hub', 'local-dir' or None) and the rest of a model's name, as timm reads it.
+
+    Raises:
+        UserError: If timm knows no such source.
+    """
+    try:
+        source, rest = timm.models.parse_model_name(name)
+    except (ValueError, AssertionError) as error:
+        raise UserError(str(error) or f"model name {name!r} has an unknown source") from None
+    return source or None, rest
 
 
 def _verify_source(source: str | None, place: str, pretrained: bool, cache_dir: str | Path | None) -> None:
@@ -101,7 +111,9 @@ _factory.load_model_config_from_hf = _hub_config
 
 def saved_arguments(name: str | None) -> dict[str, Any]:
     """Arguments of `timm.create_model` that a model folder or Hub repository was saved with; none for other names."""
-    source, _, place = (name or "").partition(":")
+    if name is None:
+        return {}
+    source, place = parse_name(name)
     if source == "local-dir":
         return load_model_config_from_path(place)[2]
     return _hub_config(place)[2] if source == "hf-hub" else {}

@@ -1,7 +1,7 @@
 """The ResNet of the zoo: timm's, with any number of stages, with or without normalization, exactly initialized."""
 
 import difflib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import create_classifier
@@ -60,11 +60,13 @@ class RisottoResNet(timm_resnet.ResNet):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not timm's constructor: its stem is 64 wide and it draws weights to be overwritten
-        _check_choice("norm", norm, ("none", "batch"))
-        _check_choice("skip", skip, ("identity", "projection"))
-        _check_choice("stem", stem, ("imagenet", "cifar"))
-        if init is not None:
-            _check_choice("init", init, tuple(SCHEMES))
+        check_choice("norm", norm, ("none", "batch"))
+        check_choice("skip", skip, ("identity", "projection"))
+        check_choice("stem", stem, ("imagenet", "cifar"))
+        check_choice("init", init, (*SCHEMES, None))
+        check_choice("output_stride", output_stride, (8, 16, 32) if stem == "imagenet" else (1, 2, 4, 8, 16, 32))
+        if not 0 < len(layers) == len(channels) <= 4:
+            raise ValueError(f"layers {tuple(layers)} and channels {tuple(channels)} must be one to four of each")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -191,8 +193,9 @@ class RisottoResNet(timm_resnet.ResNet):
         return take
 
 
-def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse a value that is not among the choices by a ValueError that names the nearest."""
     if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
+        near = difflib.get_close_matches(str(value), map(str, choices), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")

@@ -8,12 +8,13 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-from risotto_zoo.checkpoints import check_state, folder_weights, read_tensors, read_verified
+from risotto_zoo.checkpoints import WEIGHTS, check_state, folder_weights, read_tensors, read_verified
 from risotto_zoo.errors import UserError
 from risotto_zoo.hub import MANIFEST, hub_weights, release_file, release_weights, repository
+from risotto_zoo.initializers import SCHEMES
 
 from .blocks import BasicBlock, Bottleneck
-from .resnet import RisottoResNet
+from .resnet import RisottoResNet, check_choice
 
 __all__: list[str] = []  # register_model adds every entry point
 
@@ -96,16 +97,20 @@ def _default_cfgs() -> dict[str, dict[str, Any]]:
 default_cfgs = generate_default_cfgs(_default_cfgs())
 
 
-def _verified_weights(cfg: dict[str, Any], cache_dir: str | Path | None) -> dict[str, Tensor]:
-    """The tensors that a pretrained cfg stands for, from wherever it says, hashes checked first."""
+def _verified_weights(cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[dict[str, Tensor], str]:
+    """The tensors that a pretrained cfg stands for, and where it says they are; hashes are checked first."""
     if cfg.get("source") == "local-dir":
-        return folder_weights(Path(cfg["file"]))
+        return folder_weights(Path(cfg["file"])), str(Path(cfg["file"]) / WEIGHTS)
     if cfg.get("source") == "hf-hub":  # whatever else the repository's own configuration names
         return _of_repository(cfg["hf_hub_id"], cache_dir)
+    if cfg.get("hf_hub_filename") not in (None, WEIGHTS):
+        raise UserError(f"{cfg['architecture']}: hf_hub_filename is {cfg['hf_hub_filename']!r}; only {WEIGHTS} is read")
     name = f"{cfg['architecture']}.{cfg.get('tag') or ''}"
     ours = _release_cfg(name, MANIFEST[name]) if name in MANIFEST else {}
     if cfg.get("file") and cfg["file"] != ours.get("file"):  # the caller's own, by pretrained_cfg_overlay
-        return read_tensors(read_verified(Path(cfg["file"])), cfg["file"])
+        if Path(cfg["file"]).suffix in (".pth", ".pt", ".bin", ".tar", ".ckpt"):
+            raise UserError(f"{cfg['file']}: only safetensors are read, no other format")
+        return read_tensors(read_verified(Path(cfg["file"])), cfg["file"]), cfg["file"]
     if cfg.get("hf_hub_id") and cfg["hf_hub_id"] != ours.get("hf_hub_id"):
         return _of_repository(cfg["hf_hub_id"], cache_dir)
     if cfg.get("url"):
@@ -113,14 +118,14 @@ def _verified_weights(cfg: dict[str, Any], cache_dir: str | Path | None) -> dict
             f"{cfg['architecture']}: weights from a URL cannot be verified; download them and name the file"
         )
     if ours:
-        return release_weights(name, cache_dir)
+        return release_weights(name, cache_dir), ours.get("file") or ours["hf_hub_id"]
     released = ", ".join(MANIFEST) or "none yet"
     raise UserError(f"{cfg['architecture']} has no pretrained weights; released are: {released}")
 
 
-def _of_repository(hub_id: str, cache_dir: str | Path | None) -> dict[str, Tensor]:
+def _of_repository(hub_id: str, cache_dir: str | Path | None) -> tuple[dict[str, Tensor], str]:
     repo_id, _, revision = hub_id.partition("@")
-    return hub_weights(repo_id, revision or None, cache_dir)
+    return hub_weights(repo_id, revision or None, cache_dir), f"{hub_id}/{WEIGHTS}"
 
 
 def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet]:
@@ -130,19 +135,20 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
         cfg = resolve_pretrained_cfg(
             name, kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
         ).to_dict()
-        weights = cfg.pop("state_dict", None)
+        weights, origin = cfg.pop("state_dict", None), "the state dict"
         if pretrained and not weights:
-            weights = _verified_weights(cfg, kwargs.get("cache_dir"))
+            weights, origin = _verified_weights(cfg, kwargs.get("cache_dir"))
         source = cfg.get("source", "")
         if weights:  # timm copies what stands in a cfg, so this stands for them until `checked` hands them over
             cfg |= {"source": "", "state_dict": {"stands for": "verified weights"}}
         asked = kwargs.get("num_classes", cfg["num_classes"]), kwargs.get("in_chans", cfg["input_size"][0])
         whole = pretrained and asked == (cfg["num_classes"], cfg["input_size"][0]) and not kwargs.get("features_only")
+        check_choice("init", kwargs.get("init", "risotto"), (*SCHEMES, None))
         # Every weight is about to be overwritten, so none is drawn; Fixup has parameters of its own, so it is made.
         blank = {"init": None} if whole and kwargs.get("init") != "fixup" else {}
 
         def checked(_: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-            check_state(weights, model, cfg)
+            check_state(weights, model, cfg, origin)
             return weights
 
         model = build_model_with_cfg(
@@ -151,7 +157,7 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
             pretrained,
             pretrained_cfg=cfg,
             pretrained_filter_fn=checked,
-            feature_cfg={"out_indices": tuple(range(len(net["layers"]) + 1))},
+            feature_cfg={"out_indices": tuple(range(len(kwargs.get("layers", net["layers"])) + 1))},
             **{**net, **kwargs, **blank},
         )
         model.pretrained_cfg.pop("state_dict", None)
