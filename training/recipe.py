@@ -41,7 +41,7 @@ class Data(Section):
         description="side of the random crops to train on, image_size if null; smaller is faster (arXiv 1906.06423)",
     )
     stored_size: Count | None = Field(
-        None, description="resident: side of the training images in memory, near that of the crops; image_size if null"
+        None, description="resident: keep whole images of this side, to crop from; as validation crops them if null"
     )
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="share of the resized image that validation crops; the model's own if null"
