@@ -95,7 +95,7 @@ def init_rows(args: argparse.Namespace) -> list[Row]:
     rows = []
     for name in args.models or ["resnet18", "resnet50", "resnet152"]:
         ours = f"risotto_{name}"
-        make = lambda ours=ours: create_model(ours)  # noqa: E731
+        make = lambda ours=ours: create_model(ours, num_classes=1000)  # noqa: E731  # a release may have another head
         rows.append(compare(ours, make, f"timm {name}", lambda name=name: create_model(name), args.rounds))
         peer = lambda name=name: getattr(torchvision.models, name)(weights=None)  # noqa: E731
         rows.append(compare(ours, make, f"torchvision {name}", peer, args.rounds))
