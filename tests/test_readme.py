@@ -71,7 +71,8 @@ def run(line, images, command):
     """One line of bash in this process."""
     values = {"IMAGE_OR_FOLDER": images / "val", "FOLDER": images}
     values |= {"MODEL": "risotto_resnet20.cifar10-jpeg", "OTHER": "risotto_resnet20_bn.cifar10-jpeg"}
-    words = [re.sub(r"\b(IMAGE_OR_FOLDER|FOLDER|MODEL|OTHER)\b", lambda m: str(values[m[1]]), w) for w in shlex.split(line)]
+    names = rf"\b({'|'.join(values)})\b"
+    words = [re.sub(names, lambda m: str(values[m[1]]), word) for word in shlex.split(line)]
     if words[:2] == ["python", "-c"]:
         exec(words[2], {})
         return
