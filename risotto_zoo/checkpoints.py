@@ -137,8 +137,9 @@ def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, An
     own = model.state_dict()
     expected = {key: tuple(value.shape) for key, value in own.items()}
     channels, classes = config["input_size"][0], config["num_classes"]
-    for key in ("first_conv", "classifier"):
-        if config.get(key) and not hasattr(model, config[key]):
+    modules = dict(model.named_modules())
+    for key, kinds in (("first_conv", nn.Conv2d), ("classifier", (nn.Linear, nn.Identity))):
+        if config.get(key) and not isinstance(modules.get(str(config[key])), kinds):
             raise UserError(f"{source}: its configuration calls {config[key]!r} the {key}, which {name} does not have")
     if config.get("first_conv"):
         stem = f"{config['first_conv']}.weight"

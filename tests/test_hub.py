@@ -583,7 +583,10 @@ def test_no_pickle_of_another_architecture_either(hub, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"interpolation": "magic"}, {"crop_pct": "x"}, {"label_names": ["one"]}, {"first_conv": "stem"}, {"std": [0]}],
+    [
+        *({"interpolation": "magic"}, {"crop_pct": "x"}, {"label_names": ["one"]}, {"std": [0]}),
+        *({"first_conv": "stem"}, {"first_conv": "act1"}, {"first_conv": ["conv1", "conv1"]}, {"classifier": "conv1"}),
+    ],
 )
 def test_a_config_that_does_not_fit_is_one_line(change, folder, command):
     config = json.loads((folder / "config.json").read_text())
