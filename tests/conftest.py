@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,30 @@ def command(capsys, monkeypatch) -> Callable[..., Result]:
         return Result(stop.value.code or 0, captured.out, captured.err)
 
     return run
+
+
+class _Here:
+    """A pool of no processes: what is submitted runs at once."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Let the trainings of studies run in this process."""
+    monkeypatch.setattr("training.grid.ProcessPoolExecutor", _Here)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The command risotto-zoo, the README's promises, and the frame of the project."""
 
+import functools
 import json
 import re
 import subprocess
@@ -105,6 +106,13 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path):
     assert all(row["memory"][0] > 0 for row in rows)
     result = command(benchmark.main, "evaluate", "--rounds", 2, "--workers", 0, "--device", "cpu")
     assert result.code == 0 and "cached" in result.out
+
+
+def test_trainings_at_once_are_compared_with_one_after_another(command, monkeypatch, no_processes):
+    monkeypatch.setattr(benchmark, "cores", lambda: 1)
+    monkeypatch.setattr(benchmark, "_sample_folder", functools.partial(benchmark._sample_folder, count=32))
+    result = command(benchmark.main, "jobs", "--rounds", 2, "--batch", 32, "--device", "cpu")
+    assert result.code == 0 and "1 trainings of risotto_resnet20 at once" in result.out
 
 
 def test_a_folded_net_computes_what_the_net_with_batch_norm_does():

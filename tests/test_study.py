@@ -31,34 +31,15 @@ TOY = {
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(tmp_path, monkeypatch, no_processes):
     """A study of two arms, one of which diverges, in folders of this test's own."""
     monkeypatch.setattr(grid, "STUDIES", tmp_path / "studies")
     monkeypatch.setattr(grid, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(report, "STUDIES", tmp_path / "studies")
     monkeypatch.setattr(propagation, "FOLDER", tmp_path / "studies" / "propagation")
-    monkeypatch.setattr(grid, "ProcessPoolExecutor", _Here)
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "toy.yaml").write_text(yaml.safe_dump(TOY, sort_keys=False))
     return tmp_path / "studies" / "toy" / "results.json"
-
-
-class _Here:
-    """A pool of no processes: what is submitted runs at once."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *args):
-        future = grid.Future()
-        future.set_result(function(*args))
-        return future
 
 
 def test_a_study_tunes_on_held_out_images_runs_once_and_counts_divergence(toy, command, monkeypatch):

@@ -5,6 +5,7 @@ Every row is a ratio of medians of interleaved measurements, with the spread of 
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -41,6 +42,7 @@ from risotto_zoo.models import create_model
 from .data import View, cache_folder, load_set, split_folder
 from .distributed import World, choose_device
 from .export import load_exported, write
+from .grid import Run, cores, trained
 from .optimization import build_optimizer
 from .pipelines import build_pipeline, open_dataset, streamed_batches, validation_batches
 from .recipe import Recipe, validate
@@ -345,6 +347,30 @@ def evaluate_rows(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def jobs_rows(args: argparse.Namespace) -> list[Row]:
+    """A study's trainings at once beside one after another: 4 and 8 on a GPU, on a CPU as many as it has cores.
+
+    One at a time has all cores. Every training is an epoch of new weights; starting the processes counts.
+    """
+    device, rows, seeds = choose_device(args.device), [], itertools.count()
+    with tempfile.TemporaryDirectory() as folder:
+        images = {"source": args.data, "train_images": 4000} if args.data else None
+        data = images or {"source": str(_sample_folder(Path(folder) / "images"))}
+        for name in args.models or ["risotto_resnet20"]:
+            settings = {"model": name, "epochs": 1, "batch_size": args.batch, "amp": args.amp, "channels_last": True}
+            for count in (4, 8) if device.type == "cuda" else (cores(),):
+
+                def train(at_once: int, count: int = count, settings: dict[str, Any] = settings) -> None:
+                    recipes = [{**settings, "data": data, "seed": next(seeds)} for _ in range(count)]
+                    runs = [Run("", None, None, one["seed"], False, validate(one, "benchmark")) for one in recipes]
+                    list(trained(runs, at_once, args.device, max(1, cores() // at_once), Path(folder) / "runs"))
+
+                together, alone = (lambda n=count: train(n)), (lambda: train(1))
+                what = f"{count} trainings of {name} at once, {args.amp or 'float32'}"
+                rows.append(compare(what, together, "one after another", alone, args.rounds))
+    return rows
+
+
 def _timm_validation(model: nn.Module, folder: Path, args: argparse.Namespace) -> Callable[[], None]:
     device = next(model.parameters()).device
     settings = timm.data.resolve_data_config(model=model, verbose=False)
@@ -407,6 +433,7 @@ BENCHMARKS = {
     "input": input_rows,
     "evaluate": evaluate_rows,
     "load": load_rows,
+    "jobs": jobs_rows,
 }
 MODES = ("eager", "compiled", "onnx")
 
@@ -419,10 +446,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", help="models (init: names without risotto_); input has none")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each side (default: 9)")
     parser.add_argument("--batch", type=int, default=128, help="images of a batch (default: 128)")
-    parser.add_argument("--amp", choices=["bfloat16", "float16"], help="step, infer: autocast (default: float32)")
+    parser.add_argument("--amp", choices=["bfloat16", "float16"], help="step, infer, jobs: autocast (default: float32)")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="infer: default all, without onnx on a GPU")
     parser.add_argument("--size", type=int, default=32, help="input: side of the images (default: 32)")
-    parser.add_argument("--data", help="input, step, evaluate: image folder (default: crops of two sample photos)")
+    parser.add_argument("--data", help="input, step, evaluate, jobs: image folder (default: crops of two sample photos)")
     parser.add_argument("--workers", type=int, default=2, help="input, evaluate: loader processes (default: 2)")
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")

@@ -203,7 +203,7 @@ def conduct(name: str, jobs: int, device: str | None) -> None:
     for runs in (lambda: tuning_runs(study), lambda: final_runs(study, records)):
         missing = [run for run in runs() if run.key not in records]
         with tqdm(total=len(missing), desc=name, unit="run", disable=None) as bar:
-            for run, record in _trained(missing, jobs, device, study.threads):
+            for run, record in trained(missing, jobs, device, study.threads, RUNS):
                 records[run.key] = record
                 bar.update()
                 say(f"{run.arm} {'' if run.x is None else run.x} seed {run.seed}: {_told(run, record)}")
@@ -222,11 +222,13 @@ def _write(file: Path, stored: dict[str, Any]) -> None:
     write_atomically(file, (json.dumps(stored, indent=1) + "\n").encode())
 
 
-def _trained(runs: list[Run], jobs: int, device: str | None, threads: int) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Train in worker processes; each pair comes as soon as it is done."""
+def trained(
+    runs: list[Run], jobs: int, device: str | None, threads: int, output: Path
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Train in worker processes, `jobs` at once, into folders of `output`; each pair comes as soon as it is done."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(threads,)) as pool:
-        waiting: dict[Future, Run] = {pool.submit(_train_one, run, device): run for run in runs}
+        waiting: dict[Future, Run] = {pool.submit(_train_one, run, device, output): run for run in runs}
         try:
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -244,9 +246,9 @@ def _begin_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _train_one(run: Run, device: str | None) -> dict[str, Any] | None:
+def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | None:
     """Train, or read what an earlier study has trained by the same recipe; None if a signal stopped it."""
-    folder, log = RUNS / run.key, RUNS / "logs" / f"{run.key}.txt"
+    folder, log = output / run.key, output / "logs" / f"{run.key}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     where = World(0, 1, choose_device(device))
     finished = (folder / "results.json").is_file()
@@ -288,9 +290,10 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
 
 def default_jobs(device: str | None) -> int:
     """Small nets leave most of a GPU idle, and one thread each is the fastest way to use a CPU's cores."""
-    return 4 if choose_device(device).type == "cuda" else max(1, _cores())
+    return 4 if choose_device(device).type == "cuda" else cores()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """What this process may use of a CPU."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(affinity(0)) if affinity else os.cpu_count() or 1
