@@ -449,7 +449,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="step, infer, jobs: autocast (default: float32)")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="infer: default all, without onnx on a GPU")
     parser.add_argument("--size", type=int, default=32, help="input: side of the images (default: 32)")
-    parser.add_argument("--data", help="input, step, evaluate, jobs: image folder (default: crops of two sample photos)")
+    parser.add_argument(
+        "--data", help="input, step, evaluate, jobs: image folder (default: crops of two sample photos)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="input, evaluate: loader processes (default: 2)")
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
