@@ -165,6 +165,8 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         "amp": (recipe.amp, None),
         "cutout": (recipe.augment.cutout, 0),
         "side": (recipe.data.image_size, None),
+        "train_side": (recipe.data.train_size, None),
+        "options": (recipe.optimizer.options, {}),
         "label_smoothing": (recipe.label_smoothing, 0.0),
     }
 
