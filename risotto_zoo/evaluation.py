@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,12 +52,25 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def _precision_switches() -> list[tuple[Any, str, Any]]:
-    """What turns TensorFloat-32 off: objects, attributes and values, of the newer of torch's two interfaces."""
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 in full, without TensorFloat-32, so that everybody's numbers are the same; then as it was before."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     if hasattr(matmul, "fp32_precision"):  # torch 2.9; it refuses to be asked by the older names after that
-        return [(matmul, "fp32_precision", "ieee"), (cudnn.conv, "fp32_precision", "ieee")]
-    return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+        before = matmul.fp32_precision, cudnn.conv.fp32_precision
+        matmul.fp32_precision = cudnn.conv.fp32_precision = "ieee"
+    else:
+        before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision, cudnn.conv.fp32_precision = before
+        else:
+            torch.set_float32_matmul_precision(before[0])
+            cudnn.allow_tf32 = before[1]
 
 
 @torch.no_grad()
@@ -77,28 +89,23 @@ def observe(
     modes = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
     if isinstance(model, nn.Module):
         model.eval()
-    switches = _precision_switches()
-    before = [getattr(place, name) for place, name, _ in switches]
-    for switch in switches:  # float32 in full, so that everybody's numbers are the same
-        setattr(*switch)
     parts: list[tuple[Tensor, ...]] = []
     classes = 0
     start = time.perf_counter()
     try:
-        for images, targets in batches:
-            with torch.autocast(images.device.type, amp) if amp is not None else nullcontext():
-                logits = model(images)
-            logits = logits.float()
-            classes = logits.shape[1]
-            shares, best = logits.softmax(dim=1).topk(min(5, classes), dim=1)
-            losses = F.cross_entropy(logits, targets, reduction="none")
-            hits = (best == targets[:, None]).any(dim=1)
-            parts.append(tuple(part.cpu() for part in (targets, best[:, 0], shares[:, 0], hits, losses)))
+        with _full_precision():
+            for images, targets in batches:
+                with torch.autocast(images.device.type, amp) if amp is not None else nullcontext():
+                    logits = model(images)
+                logits = logits.float()
+                classes = logits.shape[1]
+                shares, best = logits.softmax(dim=1).topk(min(5, classes), dim=1)
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                hits = (best == targets[:, None]).any(dim=1)
+                parts.append(tuple(part.cpu() for part in (targets, best[:, 0], shares[:, 0], hits, losses)))
     finally:
         for module, training in modes.items():  # one by one: some may have been frozen
             module.training = training
-        for (place, name, _), value in zip(switches, before, strict=True):
-            setattr(place, name, value)
     if not parts:  # one of several processes may have none
         none = torch.zeros(0, dtype=torch.long)
         parts.append((none, none, none.float(), none.bool(), none.float()))

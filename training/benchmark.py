@@ -380,6 +380,7 @@ def _timm_validation(model: nn.Module, folder: Path, args: argparse.Namespace) -
             timm.data.create_dataset("", root=str(folder)),
             batch_size=256,
             num_workers=args.workers,
+            persistent_workers=args.workers > 0,
             use_prefetcher=device.type == "cuda",
             device=device,
             **settings,
