@@ -14,7 +14,7 @@ from .files import git_sha1, sha256, write_atomically
 
 WEIGHTS = "model.safetensors"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # the last: batch norm's counter
-_SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag")
+_SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag", "label_offset")
 
 
 def save_model(folder: Path, state: dict[str, Tensor], config: dict[str, Any], weights_name: str = WEIGHTS) -> str:
@@ -50,18 +50,20 @@ def model_config(
     """
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in _SOURCE_KEYS}
     architecture = cfg.pop("architecture")
+    told = cfg.pop("label_descriptions", None) or {}  # those of the weights it began with, perhaps
     if tuple(data_config["input_size"]) != tuple(cfg["input_size"]):
         if cfg.get("pool_size") is not None:
             reduction = model.feature_info[-1]["reduction"]
             cfg["pool_size"] = [-(-side // reduction) for side in data_config["input_size"][1:]]
         cfg.pop("test_input_size", None)
-    cfg.update(data_config, num_classes=len(classes))
+    cfg.update(data_config, num_classes=len(classes), label_names=classes)
     known = PretrainedCfg.__dataclass_fields__
     return {
         "architecture": architecture,
         "num_classes": len(classes),
         "num_features": model.num_features,
         "label_names": classes,
+        **({"label_descriptions": {name: told[name] for name in classes}} if told.keys() >= set(classes) else {}),
         "model_args": model_args,
         "pretrained_cfg": {key: value for key, value in cfg.items() if key in known},
     }

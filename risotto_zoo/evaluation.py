@@ -55,10 +55,12 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """float32 in full, without TensorFloat-32, so that everybody's numbers are the same; then as it was before."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
     if hasattr(matmul, "fp32_precision"):  # torch 2.9; it refuses to be asked by the older names after that
-        before = matmul.fp32_precision, cudnn.conv.fp32_precision
-        matmul.fp32_precision = cudnn.conv.fp32_precision = "ieee"
+        switches = (matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)
+        before = [switch.fp32_precision for switch in switches]
+        for switch in switches:
+            switch.fp32_precision = "ieee"
     else:
         before = torch.get_float32_matmul_precision(), cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")
@@ -67,7 +69,8 @@ def _full_precision() -> Iterator[None]:
         yield
     finally:
         if hasattr(matmul, "fp32_precision"):
-            matmul.fp32_precision, cudnn.conv.fp32_precision = before
+            for switch, value in zip(switches, before, strict=True):
+                switch.fp32_precision = value
         else:
             torch.set_float32_matmul_precision(before[0])
             cudnn.allow_tf32 = before[1]
@@ -107,7 +110,7 @@ def observe(
         for module, training in modes.items():  # one by one: some may have been frozen
             module.training = training
     if not parts:  # one of several processes may have none
-        none = torch.zeros(0, dtype=torch.long)
+        none = torch.zeros(0, dtype=torch.long, device="cpu")
         parts.append((none, none, none.float(), none.bool(), none.float()))
     columns = [torch.cat(column) for column in zip(*parts, strict=True)]
     return Outcomes(*columns, classes=classes, seconds=time.perf_counter() - start)
@@ -120,7 +123,8 @@ def summarize(outcomes: Outcomes, total: Callable[[Tensor], Tensor] = lambda cou
         ValueError: If there is no image at all.
     """
     sums = (outcomes.correct.sum(), outcomes.in_five.sum(), outcomes.losses.double().sum())
-    counts = torch.stack([torch.tensor(float(len(outcomes.targets))), *(value.double() for value in sums)])
+    count = torch.tensor(float(len(outcomes.targets)), device="cpu")
+    counts = torch.stack([count, *(value.double() for value in sums)])
     images, top1, top5, loss = total(counts.double()).tolist()
     images, top1, top5 = round(images), round(top1), round(top5)
     if images == 0:
@@ -179,7 +183,7 @@ def calibration(outcomes: Outcomes, bins: int = 15) -> Calibration:
     confidence, correct = outcomes.confidence.double(), outcomes.correct.double()
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1
     counts = torch.bincount(which, minlength=bins)
-    sums = [torch.zeros(bins, dtype=torch.float64).index_add_(0, which, value) for value in (confidence, correct)]
+    sums = [value.new_zeros(bins).index_add_(0, which, value) for value in (confidence, correct)]
     means = [total / counts for total in sums]
     error = (sums[0] - sums[1]).abs().sum().item() / len(confidence)
     return Calibration(error, counts.tolist(), means[0].tolist(), means[1].tolist())
@@ -211,11 +215,12 @@ def compare(first: Outcomes, second: Outcomes, samples: int = 10_000, seed: int 
     a = int((first.correct & ~second.correct).sum())
     b = int((second.correct & ~first.correct).sum())
     generator = torch.Generator().manual_seed(seed)
-    trials = torch.full((samples,), float(total), dtype=torch.float64)
+    trials = torch.full((samples,), float(total), dtype=torch.float64, device="cpu")
     drawn_a = torch.binomial(trials, torch.full_like(trials, a / total), generator=generator)
     left = 0.0 if a == total else b / (total - a)
     drawn_b = torch.binomial(trials - drawn_a, torch.full_like(trials, left), generator=generator)
-    low, high = ((drawn_a - drawn_b) / total).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64, device="cpu")
+    low, high = ((drawn_a - drawn_b) / total).quantile(ends).tolist()
     return Comparison((a - b) / total, (low, high), a, b, _mcnemar(a, b))
 
 

@@ -101,6 +101,7 @@ def fetch(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     digest: str | None = None,
+    unnamed: bool = False,
 ) -> bytes:
     """A file of a Hub repository, downloaded through the Hub's cache and verified before anyone reads it.
 
@@ -113,6 +114,7 @@ def fetch(
         revision: Branch, tag or commit; the main branch if None.
         cache_dir: The Hub's cache; its usual place if None.
         digest: The sha256 that the file must have; a cached file that has it needs no network.
+        unnamed: Take a file for which nobody states a hash, too (a cache without symbolic links, a mirror).
 
     Raises:
         UserError: If the file cannot be had, or is not the one that the Hub (or `digest`) states.
@@ -136,12 +138,13 @@ def fetch(
         except Exception as error:
             if cached is None or not (_may_pass(error) or isinstance(error, OfflineModeIsEnabled)):
                 raise explained(error, what, repo_id, _by_hand(repo_id, revision)) from None
-            return read_verified(cached, digest or _known_hash(cached, what))
+            return read_verified(cached, digest or _known_hash(cached, what, unnamed))
         if digest is not None and known.etag != digest:
             raise UserError(f"{what} is not the file this version of risotto-zoo knows; install the newest risotto-zoo")
         path = _download(repo_id, filename, revision, cache_dir, what)
+        stated = known.etag if _is_hash(known.etag) else _known_hash(path, what, unnamed)
         try:
-            return read_verified(path, known.etag if _is_hash(known.etag) else _known_hash(path, what), known.size)
+            return read_verified(path, stated, known.size)
         except UserError as error:
             _forget(path)
             cached = None
@@ -261,14 +264,16 @@ def _is_hash(etag: str | None) -> bool:
     return etag is not None and len(etag) in (40, 64) and set(etag) <= set("0123456789abcdef")
 
 
-def _known_hash(cached: Path, what: str) -> str:
+def _known_hash(cached: Path, what: str, unnamed: bool) -> str | None:
     """The hash that the cache keeps a file by.
 
     Raises:
-        UserError: If there is none (a cache without symbolic links, a server that states no hash).
+        UserError: If there is none (a cache without symbolic links, a server that states no hash), unless it may be.
     """
     digest = cached.resolve().name
     if not _is_hash(digest):
+        if unnamed:
+            return None
         raise UserError(f"{what}: nobody says what its hash should be, so it cannot be verified; load it as local-dir:")
     return digest
 

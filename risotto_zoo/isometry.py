@@ -45,7 +45,7 @@ def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: 
     """
     outputs = function(image[None]).shape[1]
     rank_bound = min(outputs, image.numel())
-    cotangent = torch.randn(1, outputs, generator=torch.Generator().manual_seed(0)).to(image)
+    cotangent = torch.randn(1, outputs, generator=torch.Generator().manual_seed(0), device="cpu").to(image)
     reached = _vjp(function, image[None], cotangent)[0].flatten().nonzero()[:, 0]
     if len(reached) == 0:
         return image.new_zeros(rank_bound).cpu()
@@ -53,7 +53,7 @@ def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: 
         basis = nn.functional.one_hot(reached, image.numel()).to(image).unflatten(1, image.shape)
         parts = [_jvp(function, image.expand_as(b), b) for b in basis.split(chunk)]
     else:
-        basis = torch.eye(outputs).to(image)
+        basis = torch.eye(outputs, device="cpu").to(image)
         parts = [
             _vjp(function, image.expand(len(b), *image.shape), b).flatten(1)[:, reached] for b in basis.split(chunk)
         ]
@@ -79,7 +79,7 @@ def probed_singular_values(
     generator = generator or torch.Generator().manual_seed(0)
     outputs = function(image[None]).shape[1]
     probes = min(probes, outputs, image.numel())
-    cotangents = torch.randn(probes, outputs, generator=generator).to(image)
+    cotangents = torch.randn(probes, outputs, generator=generator, device="cpu").to(image)
     pulled = _vjp(function, image.expand(probes, *image.shape), cotangents).flatten(1)
     _, scale, rows = torch.linalg.svd(pulled, full_matrices=False)
     rows = rows[scale > scale.max() * 1e-6].unflatten(1, image.shape)
@@ -151,5 +151,5 @@ def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
 def _similarity(rows: Tensor) -> float:
     """Mean cosine of all pairs of different rows."""
     unit = nn.functional.normalize(rows, dim=1)
-    different = ~torch.eye(len(rows), dtype=torch.bool)
+    different = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     return (unit @ unit.T)[different].mean().item()

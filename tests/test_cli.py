@@ -92,7 +92,7 @@ def test_imports_run_one_way():
         assert not re.search(r"^\s*(from|import) training", path.read_text(), re.M), path
 
 
-def test_benchmarks_compare_with_a_peer(command, tmp_path):
+def test_benchmarks_compare_with_a_peer(command, tmp_path, monkeypatch):
     result = command(benchmark.main, "init", "--models", "resnet18", "--rounds", 2, "--json", tmp_path / "rows.json")
     assert result.code == 0 and "timm resnet18" in result.out and "torchvision resnet18" in result.out
     result = command(
@@ -106,6 +106,11 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path):
     assert all(row["memory"][0] > 0 for row in rows)
     result = command(benchmark.main, "evaluate", "--rounds", 2, "--workers", 0, "--device", "cpu")
     assert result.code == 0 and "cached" in result.out
+    monkeypatch.setattr(benchmark, "_sample_folder", functools.partial(benchmark._sample_folder, count=32))
+    result = command(benchmark.main, "input", "--rounds", 2, "--batch", 16, "--workers", 0, "--device", "cpu")
+    assert result.code == 0 and "resident pipeline" in result.out and "streaming pipeline" in result.out
+    result = command(benchmark.main, "load", "--rounds", 2, "--models", "risotto_resnet20.cifar10-jpeg")
+    assert result.code == 0 and "creating it + reading the file" in result.out
 
 
 def test_trainings_at_once_are_compared_with_one_after_another(command, monkeypatch, no_processes):

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, recall_score, top_k_accuracy_score
 
+from risotto_zoo import isometry
 from risotto_zoo.checkpoints import model_config, save_model
 from risotto_zoo.evaluation import (
     Outcomes,
@@ -116,6 +117,26 @@ def test_edges():
         Outcomes(*[torch.zeros(1, dtype=torch.long)] * 2, torch.ones(1), torch.ones(1).bool(), torch.ones(1), 2, 1.0)
     )
     assert shares[0] == (1, 1.0) and shares[1][0] == 0 and math.isnan(shares[1][1])
+
+
+def test_another_default_device_changes_nothing():
+    model, batches, *_ = made()
+    outcomes = observe(model, batches)
+    net = timm.create_model("risotto_resnet20", seed=0).eval()
+    images = torch.randn(2, 3, 8, 8)
+    numbers = lambda: repr(  # nan is not nan  # noqa: E731
+        [
+            summarize(outcomes),
+            calibration(outcomes),
+            compare(outcomes, outcomes),
+            isometry.singular_values(isometry.signal_map(net), images[0]).tolist(),
+            isometry.probed_singular_values(isometry.signal_map(net), images[0], 4).tolist(),
+            isometry.signal_by_block(net, images),
+        ]
+    )
+    plain = numbers()
+    with torch.device("meta"):
+        assert numbers() == plain
 
 
 def test_the_models_modes_and_the_precision_are_put_back():

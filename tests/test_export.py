@@ -97,6 +97,10 @@ def test_what_cannot_be_exported_or_read_is_told(tmp_path, command):
     for name, word in (("broken.onnx", "damaged"), ("missing.pt2", "no such file")):
         result = command(evaluate.main, tmp_path / name, "--data", "digits")
         assert result.code == 2 and word in result.err and "Traceback" not in result.err
+    for suffix in ("ts", "pt2"):
+        (tmp_path / f".model.new.{suffix}").mkdir()  # where it is written first
+        with pytest.raises(UserError, match="cannot be written: Is a directory"):
+            export.export(source, tmp_path / f"model.{suffix}")
 
 
 def test_a_file_that_disagrees_is_not_written(tmp_path, monkeypatch):

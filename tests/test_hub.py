@@ -491,6 +491,19 @@ def test_offline_mode_takes_what_is_cached_and_names_what_is_not(published, hub,
         close()
 
 
+def test_other_peoples_configurations_load_from_a_cache_without_hashes(hub, monkeypatch, tmp_path):
+    model, commit = timm.create_model("resnet18", num_classes=2), "0" * 40
+    config = model_config(model, [*"ab"], timm.data.resolve_data_config(model=model), {})
+    folder = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--some--body"
+    save_model(folder / "snapshots" / commit, model.state_dict(), config)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert timm.create_model("hf-hub:some/body").num_classes == 2
+    with pytest.raises(UserError, match="nobody says what its hash should be"):
+        fetching.hub_weights("some/body")
+
+
 # --- weights that are not what they should be
 
 
@@ -613,6 +626,23 @@ def test_a_net_with_parameters_of_its_scheme_loads_from_its_folder(tmp_path):
     save_model(tmp_path, model.state_dict(), config)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert torch.equal(loaded.layer1[0].biases, model.layer1[0].biases)
+
+
+def test_a_model_is_not_saved_with_the_labels_of_the_weights_it_began_with(tmp_path):
+    model = timm.create_model("risotto_resnet18", pretrained=True)
+    view = timm.data.resolve_data_config(model=model)
+    for classes in ([f"class {i}" for i in range(10)], [*"abc"]):
+        model.reset_classifier(len(classes))
+        config = model_config(model, classes, view, {})
+        assert config["label_names"] == config["pretrained_cfg"]["label_names"] == classes
+        assert "parachute" not in json.dumps(config)
+        save_model(tmp_path, model.state_dict(), config)
+        cfg = timm.create_model(f"local-dir:{tmp_path}").pretrained_cfg
+        info = timm.data.CustomDatasetInfo(cfg["label_names"], cfg.get("label_descriptions"))
+        assert info.num_classes() == len(classes) and info.index_to_label_name(1) == classes[1]
+    told = model.pretrained_cfg["label_descriptions"]
+    model.reset_classifier(10)
+    assert model_config(model, [*told], view, {})["label_descriptions"] == told
 
 
 def test_half_precision_files_load_as_float32(folder):

@@ -206,7 +206,8 @@ def test_output_stride_dilates():
         ({"alpha": 0.0}, "alpha=0"),
         ({"init": "he", "alpha": float("nan")}, "not a finite number"),
         ({"output_stride": 3}, "output_stride must be one of"),
-        ({"layers": (1, 1), "channels": (16, 32, 64)}, "one to four of each"),
+        ({"layers": (1, 1), "channels": (16, 32, 64)}, "one to four"),
+        ({"layers": (1,), "channels": (16,)}, "two blocks"),
         ({"pretrained": True, "init": "risoto"}, "did you mean 'risotto'"),
     ],
 )

@@ -136,6 +136,12 @@ def test_weights_do_not_depend_on_dtype_but_for_rounding():
 # --- other people's ResNets
 
 
+def test_a_max_pool_is_let_through_and_is_no_isometry():
+    model = risotto_(torchvision.models.resnet18(), generator=torch.Generator().manual_seed(0)).double().eval()
+    values = singular_values(signal_map(model), torch.randn(3, 64, 64, dtype=torch.float64))
+    assert values.max() > 2
+
+
 def effective_spectrum(model, image):
     """In evaluation mode fresh batch norm divides by sqrt(1 + eps); without eps it is the identity."""
     for module in model.modules():

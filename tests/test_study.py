@@ -1,8 +1,15 @@
 """Studies: the grid runs once, its choices are made on held-out images, and the report is a function of the results."""
 
+import contextlib
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -65,6 +72,39 @@ def test_a_study_tunes_on_held_out_images_runs_once_and_counts_divergence(toy, c
     toy.unlink()  # the runs themselves are still there
     assert command(study.main, "toy", "--jobs", 1, "--device", "cpu").code == 0
     assert json.loads(toy.read_text()) == json.loads(before)
+
+
+def test_a_signal_stops_a_study_and_begins_no_other(toy, tmp_path):
+    """Sent to the parent alone, as `kill` does; Ctrl-C reaches the workers by themselves, too."""
+    many = {**TOY, "seeds": list(range(8)), "arms": {"RISOTTO": {}}, "claims": []}
+    many["recipe"] = {**TOY["recipe"], "epochs": 500}
+    (grid.STUDIES / "toy.yaml").write_text(yaml.safe_dump({k: v for k, v in many.items() if k != "tune"}))
+    code = (
+        "import sys; from pathlib import Path; from training import grid, study\n"
+        f"grid.STUDIES, grid.RUNS = Path({str(grid.STUDIES)!r}), Path({str(tmp_path / 'runs')!r})\n"
+        "if __name__ == '__main__': study.main()"
+    )
+    (tmp_path / "main.py").write_text(code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "main.py", "toy", "--jobs", "1", "--device", "cpu"],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started = lambda: [log for log in (tmp_path / "runs").glob("logs/*") if "epoch 1/" in log.read_text()]  # noqa: E731
+    try:
+        while not started() and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and err.endswith("interrupted\n"), err
+    logs = list((tmp_path / "runs").glob("logs/*"))
+    assert len(logs) == 1 and (tmp_path / "runs" / logs[0].stem / "state").is_dir()
 
 
 def test_bad_studies_and_arguments_are_one_line(toy, command):

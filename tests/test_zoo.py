@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training import cards, release, zoo
+from training import cards, engine, release, zoo
 from training.recipe import load_recipe
 
 TOY = {
@@ -87,6 +87,31 @@ def test_packed_runs_come_in_pieces_and_go_together_again(toy, command, tmp_path
     shutil.move(tmp_path / "again" / "toy", original)
     assert command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu").code == 0
     assert (toy / "model_cards" / "risotto_resnet20.digits" / "README.md").is_file()
+
+
+def test_a_row_that_cannot_be_done_keeps_no_other_from_it(toy, command, tmp_path):
+    missing = {**TOY, "data": {"source": str(tmp_path / "nowhere")}}
+    (tmp_path / "missing.yaml").write_text(yaml.safe_dump(missing))
+    rows = [{"recipe": str(tmp_path / "missing.yaml"), "tag": "nowhere"}, *yaml.safe_load(zoo.ROWS.read_text())]
+    zoo.ROWS.write_text(yaml.safe_dump(rows))
+    result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu")
+    assert result.code == 2 and "nowhere" in result.err and "missing.yaml is left out" in result.err
+    assert (toy / "model_cards" / "risotto_resnet20.digits" / "README.md").is_file()
+
+
+def test_a_run_is_packed_as_soon_as_it_is_finished(toy, command, tmp_path, monkeypatch):
+    trained = []
+
+    def train(recipe, folder, world):
+        trained.append(recipe.model)
+        if len(trained) == 2:
+            raise zoo.Stopped(15)
+        return engine.train(recipe, folder, world)
+
+    monkeypatch.setattr(zoo, "train", train)
+    result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu", "--collect", tmp_path / "out")
+    assert result.code == 143 and trained == ["risotto_resnet20", "risotto_resnet20_bn"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["toy.tar.00"]
 
 
 def test_rows_are_shipped_recipes_and_unknown_ones_are_told(command):

@@ -279,15 +279,15 @@ def input_rows(args: argparse.Namespace) -> list[Row]:
         world = World(0, 1, choose_device(args.device))
         recipes = {
             "resident": {"augment": {"flip": True, "shift": 4}, "batch_size": args.batch},
-            "streaming": {"augment": {"flip": True}, "batch_size": args.batch},
+            "streaming": {"augment": {"flip": True, "crop_scale": (0.5, 1.0)}, "batch_size": args.batch},
         }
-        rows, peer = [], None
+        rows = []
         for kind, settings in recipes.items():
             data = {"source": str(source), "pipeline": kind, "image_size": args.size, "workers": args.workers}
             recipe = validate({**settings, "data": data}, "benchmark")
             config = {**timm.get_pretrained_cfg(recipe.model).to_dict(), "input_size": (3, args.size, args.size)}
             pipeline = build_pipeline(recipe, View.of(config), world)  # says what is wrong with the data, if anything
-            peer = peer or _torchvision_epoch(source, args, world.device)
+            peer = _torchvision_epoch(source, args, world.device, recipe.augment.crop_scale)
             images = pipeline.steps_per_epoch * args.batch
             label = f"{kind} pipeline, {images} images of {args.size} px"
 
@@ -396,10 +396,12 @@ def _timm_validation(model: nn.Module, folder: Path, args: argparse.Namespace) -
     return run
 
 
-def _torchvision_epoch(source: Path, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+def _torchvision_epoch(
+    source: Path, args: argparse.Namespace, device: torch.device, crop_scale: tuple[float, float] | None
+) -> Callable[[], None]:
+    shifted = [transforms.Resize(args.size), transforms.RandomCrop(args.size, padding=4, padding_mode="reflect")]
     steps = [
-        transforms.Resize(args.size),
-        transforms.RandomCrop(args.size, padding=4, padding_mode="reflect"),
+        *(shifted if crop_scale is None else [transforms.RandomResizedCrop(args.size, crop_scale)]),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
         transforms.Normalize((0.5,) * 3, (0.25,) * 3),

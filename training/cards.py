@@ -29,12 +29,14 @@ DATASETS = {
     "cifar10-jpeg": {
         "title": "CIFAR-10 as 32 px JPEG",
         "hub": "uoft-cs/cifar10",
+        "split": "test",
         "caveat": "All 60,000 CIFAR-10 images, re-encoded as 32 x 32 JPEG at quality 75 (4:2:0). Compression costs "
         "detail: the numbers are not comparable with published CIFAR-10 numbers, but with the other rows of the table.",
     },
     "imagenette224": {
         "title": "Imagenette (2019 split) as 224 px JPEG",
         "hub": "frgfm/imagenette",
+        "split": "validation",
         "caveat": "The 13,394 photos of Imagenette's 2019 split, resized to squares of 224 px and re-encoded as JPEG "
         "at quality 75: the numbers are not comparable with Imagenette's leaderboard, but with the table's other rows.",
         "labels": {
@@ -53,6 +55,7 @@ DATASETS = {
     "digits": {
         "title": "scikit-learn's scanned digits",
         "hub": None,
+        "split": "test",
         "caveat": "1,797 scans of 8 x 8 pixels; every fifth is held out. A toy: use it to try the tools.",
     },
 }
@@ -121,7 +124,8 @@ def card(folder: Path, repo_id: str | None = None) -> str:
     name = result["name"]
     model, _, tag = name.partition(".")
     repo_id = repo_id or f"{DEFAULT_ORGANIZATION}/{name}"
-    data = DATASETS.get(tag, {"title": tag, "hub": None, "caveat": f"The folder that the recipe names {tag}."})
+    other = {"title": tag, "hub": None, "split": "test", "caveat": f"The folder that the recipe names {tag}."}
+    data = DATASETS.get(tag, other)
     parts = [
         f"---\n{_metadata(name, result, data).to_yaml()}\n---",
         f"# {name}",
@@ -210,15 +214,16 @@ def _metadata(name: str, result: dict[str, Any], data: dict[str, Any]) -> ModelC
         "task_name": "Image classification",
         "dataset_type": data["hub"] or tag,
         "dataset_name": data["title"],
-        "dataset_split": "test",
+        "dataset_split": data["split"],
     }
+    kinds = [] if name.partition(".")[0].endswith("_bn") else ["normalizer-free"]
     values = [("accuracy", "Top-1", score["top1"]), ("top-5-accuracy", "Top-5", score["top5"])]
     return ModelCardData(
         model_name=name,
         license=LICENSE,
         library_name="timm",
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "risotto", "normalizer-free", "arxiv:2210.02411"],
+        tags=["image-classification", "timm", "risotto", *kinds, "arxiv:2210.02411"],
         datasets=[data["hub"]] if data["hub"] else None,
         metrics=["accuracy"],
         eval_results=[

@@ -52,12 +52,13 @@ def join_world(device: str | None) -> World:
         UserError: If the device is unknown or not there.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    chosen = choose_device(device)
-    if chosen.type == "cuda" and size > 1:
+    if size > 1 and (device or "cuda").startswith("cuda") and torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise UserError(f"process {local} has no GPU: this machine has {torch.cuda.device_count()}")
         chosen = torch.device("cuda", local)
-        torch.cuda.set_device(chosen)
+        torch.cuda.set_device(chosen)  # before anything touches a device: a context on the first one stays there
+    else:
+        chosen = choose_device(device)
     if size > 1:
         # Restarted processes find the same store again, and in it the addresses of those that died.
         store, rank, size = next(rendezvous("env://"))

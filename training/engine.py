@@ -266,7 +266,7 @@ def _train_epoch(trainer: Trainer, module: nn.Module, stop: "_StopSignals") -> N
             progress.waited += time.perf_counter() - before
             loss, correct = _step(trainer, module, images, targets)
             bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), progress.step, bad_step)
-            sums += torch.stack([loss.new_tensor(len(images)), loss * len(images), correct])
+            sums += torch.stack([torch.full_like(loss, len(images)), loss * len(images), correct])
             progress.step += 1
             progress.images += len(images) * world.size
             bar.advance(sums, progress.images / max(progress.seconds, 1e-9), recipe.batch_size)
@@ -491,10 +491,13 @@ def _tensorboard(trainer: Trainer) -> Any:
 
 
 class _StopSignals:
-    """Remembers SIGTERM and Ctrl-C until the loop is at a place where it can save; a second one stops at once."""
+    """Remembers SIGTERM and Ctrl-C until the loop is at a place where it can save; another one later stops at once.
+
+    One that comes within a second is the same wish: a process group's and its parent's, say.
+    """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.since = 0, 0.0
 
     def __enter__(self) -> "_StopSignals":
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -505,6 +508,7 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
-        if self.number:
+        if not self.number:
+            self.number, self.since = int(number), time.monotonic()
+        elif time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
-        self.number = int(number)

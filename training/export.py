@@ -5,6 +5,8 @@ PyTorch on real images. `python -m training.evaluate FILE --data FOLDER` measure
 """
 
 import argparse
+import contextlib
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -80,7 +82,8 @@ def export(name: str, path: Path, half: bool = False, images: Tensor | None = No
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what kept it from being written may keep it from being removed
+            temporary.unlink()
     return difference
 
 
@@ -212,7 +215,9 @@ def _read_onnx(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
 def _write_torchscript(net: nn.Module, images: Tensor, path: Path, facts: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(net), str(path), _extra_files={KEY: facts})
+        file = io.BytesIO()  # torch's own writer does not say what the system says
+        torch.jit.save(torch.jit.script(net), file, _extra_files={KEY: facts})
+    path.write_bytes(file.getvalue())
 
 
 def _read_torchscript(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
@@ -225,7 +230,9 @@ def _read_torchscript(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
 
 def _write_program(net: nn.Module, images: Tensor, path: Path, facts: str) -> None:
     program = torch.export.export(net, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, str(path), extra_files={KEY: facts})
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={KEY: facts})
+    path.write_bytes(file.getvalue())
 
 
 def _read_program(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:

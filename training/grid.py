@@ -5,11 +5,14 @@ of the training set, and seeds. A run that diverges is a result.
 """
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -225,21 +228,38 @@ def _write(file: Path, stored: dict[str, Any]) -> None:
 def trained(
     runs: list[Run], jobs: int, device: str | None, threads: int, output: Path
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Train in worker processes, `jobs` at once, into folders of `output`; each pair comes as soon as it is done."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(threads,)) as pool:
-        waiting: dict[Future, Run] = {pool.submit(_train_one, run, device, output): run for run in runs}
-        try:
-            while waiting:
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    record = future.result()
-                    if record is None:
-                        raise KeyboardInterrupt
-                    yield waiting.pop(future), record
-        finally:
-            for future in waiting:
-                future.cancel()
+    """Train in worker processes, `jobs` at once, into folders of `output`; each pair comes as soon as it is done.
+
+    SIGTERM, Ctrl-C or an error stops all of them: each saves its state, no other is begun.
+    """
+    context, left = multiprocessing.get_context("spawn"), iter(runs)
+    waiting: dict[Future, Run] = {}  # no more than run at once: what a pool has queued cannot be taken back
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(threads,)) as pool:
+            try:
+                while True:
+                    for run in itertools.islice(left, jobs - len(waiting)):
+                        waiting[pool.submit(_train_one, run, device, output)] = run
+                    if not waiting:
+                        return
+                    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        record = future.result()
+                        if record is None:
+                            raise KeyboardInterrupt
+                        yield waiting.pop(future), record
+            finally:
+                if waiting:
+                    for worker in multiprocessing.active_children():
+                        worker.terminate()
+    except BrokenProcessPool:
+        raise UserError(
+            "the process of a training was killed, perhaps for want of memory; fewer at once (--jobs) need less, and "
+            "the same command goes on"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _begin_worker(threads: int) -> None:
@@ -254,7 +274,7 @@ def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | N
     finished = (folder / "results.json").is_file()
     diverged = (folder / "diverged").is_file()
     if not finished and not diverged:
-        with open(log, "a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
+        with open(log, "a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stderr(file):
             try:
                 train(run.recipe, folder, where)
             except Diverged:
@@ -262,6 +282,8 @@ def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | N
                 (folder / "diverged").touch()
             except Stopped:
                 return None
+            except torch.OutOfMemoryError:
+                raise UserError("the device is out of memory; fewer trainings at once (--jobs) need less") from None
     rows = _metrics(folder)
     results = read_json(folder / "results.json") if not diverged else {}
     return {

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -74,22 +75,31 @@ def finished(run: Path, recipe: Recipe) -> bool:
     return done
 
 
-def train_row(row: Row, runs: Path, settings: list[str], device: str | None) -> bool:
-    """Train a row's recipe and its twin, as far as they are not; whether both are finished now.
+def train_row(row: Row, runs: Path, settings: list[str], device: str | None, packed: Path | None = None) -> list[Path]:
+    """Train a row's recipe and its twin, as far as they are not; the folders of both, which are finished then.
+
+    Args:
+        row: Of the zoo.
+        runs: Where the folders are.
+        settings: KEY=VALUE changes of every recipe.
+        device: To train on.
+        packed: Where each run goes in pieces as soon as it is finished, if anywhere.
 
     Raises:
+        UserError: If a folder holds another run, or the data is missing.
+        Diverged: On a non-finite loss.
         Stopped: When a signal, or the end of the time, has stopped a run; its state is saved.
     """
-    for name in (row.recipe, row.twin):
-        if name is None or finished(folder_of(name, runs), recipe := load_recipe(name, settings)):
-            continue
-        say(f"--- {name}")
-        try:
-            train(recipe, folder_of(name, runs), World(0, 1, choose_device(device)))
-        except Diverged as error:
-            say(f"{name} is left out: {error}")
-            return False
-    return True
+    folders = []
+    for name in filter(None, (row.recipe, row.twin)):
+        recipe, folder = load_recipe(name, settings), folder_of(name, runs)
+        if not finished(folder, recipe):
+            say(f"--- {name}")
+            train(recipe, folder, World(0, 1, choose_device(device)))
+        if packed is not None:
+            collect(folder, packed)
+        folders.append(folder)
+    return folders
 
 
 def collect(run: Path, output: Path) -> list[Path]:
@@ -135,21 +145,24 @@ def main() -> int:
 
 
 def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
-    """Train and release row by row; the exit code."""
+    """Train and release row by row; the exit code. A row that cannot be done does not keep the others from it."""
+    code = 0
     for row in rows:
         try:
-            done = train_row(row, args.runs, args.set, args.device)
-            runs = {name: folder_of(name, args.runs) for name in (row.recipe, row.twin) if name is not None}
-            for name, run in runs.items():
-                if args.collect is not None and finished(run, load_recipe(name, args.set)):
-                    collect(run, args.collect)
-                elif args.collect is None and done:
-                    others = [other for other in runs.values() if other != run]
-                    say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
+            runs = train_row(row, args.runs, args.set, args.device, args.collect)
+            for run in runs if args.collect is None else ():
+                others = [other for other in runs if other != run]
+                say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
+        except Diverged as error:
+            say(f"{row.recipe} is left out: {error}")
+        except (UserError, torch.OutOfMemoryError) as error:
+            short = "the device is out of memory; set a smaller batch_size or a larger accumulate"
+            say(f"error: {row.recipe} is left out: {error if isinstance(error, UserError) else short}")
+            code = 2
         except Stopped as stopped:
             say(f"stopped in {row.recipe}; the same command goes on from here")
-            return 0 if time.monotonic() >= end else 128 + int(stopped.args[0])
-    return 0
+            return code if time.monotonic() >= end else 128 + int(stopped.args[0])
+    return code
 
 
 def _stop(number: int, _frame: Any) -> None:

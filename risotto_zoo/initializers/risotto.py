@@ -110,7 +110,10 @@ def risotto_(model: nn.Module, alpha: float | None = None, generator: torch.Gene
 
     Works on the models of this package and on plain timm and torchvision ResNets, which it reads by their block and
     attribute names. Batch normalization gets gamma = 1, beta = 0 and fresh running statistics; where a block has no
-    `alpha` of its own, the gamma of its last normalization starts at alpha. Weights are computed in float64 on the
+    `alpha` of its own, the gamma of its last normalization starts at alpha. A max pool is let through, as nets with
+    batch normalization keep theirs, but a net with one is no isometry: the map is exact up to the pool, and the
+    identity skips behind it no longer see pairs of which one is zero. timm's `replace_stem_pool=True`, or `maxpool`
+    set to `nn.Identity()`, makes it exact. Weights are computed in float64 on the
     CPU, then cast: the same generator seed gives the same weights on every device.
 
     Args:

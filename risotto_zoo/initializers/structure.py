@@ -1,6 +1,7 @@
 """What an initializer needs to know of a ResNet, read off by the block and attribute names of timm and torchvision.
 
-Whatever an exact initialization cannot handle is refused here, before any weight has changed.
+Whatever an exact initialization cannot handle is refused here, before any weight has changed; but for the max pool of a
+standard stem, which nets with batch normalization keep.
 """
 
 import math

@@ -92,14 +92,15 @@ def _hub_config(model_id: str, cache_dir: str | Path | None = None) -> tuple[dic
     """A Hub repository's configuration, architecture and model arguments, as timm's own loader returns them.
 
     It takes that loader's place in `timm.create_model("hf-hub:...")`, which reads config.json unverified before any
-    entry point is called, and takes half a minute to find that there is no network.
+    entry point is called, and takes half a minute to find that there is no network. Other people's models go through
+    it, too: a configuration that a cache without hashes holds is read as it is.
 
     Raises:
         UserError: If the file cannot be had, or is not the one that the Hub states.
     """
     repo_id, _, revision = model_id.partition("@")
     where = {"revision": revision or None, "cache_dir": cache_dir}
-    parse_config(fetch(repo_id, "config.json", **where), f"{model_id}/config.json")
+    parse_config(fetch(repo_id, "config.json", **where, unnamed=True), f"{model_id}/config.json")
     folder = Path(huggingface_hub.try_to_load_from_cache(repo_id, "config.json", **where)).parent
     cfg, architecture, arguments = load_model_config_from_path(folder)
     del cfg["file"]

@@ -65,8 +65,8 @@ class RisottoResNet(timm_resnet.ResNet):
         check_choice("stem", stem, ("imagenet", "cifar"))
         check_choice("init", init, (*SCHEMES, None))
         check_choice("output_stride", output_stride, (8, 16, 32) if stem == "imagenet" else (1, 2, 4, 8, 16, 32))
-        if not 0 < len(layers) == len(channels) <= 4:
-            raise ValueError(f"layers {tuple(layers)} and channels {tuple(channels)} must be one to four of each")
+        if not 0 < len(layers) == len(channels) <= 4 or sum(layers) < 2:
+            raise ValueError(f"layers {tuple(layers)}, channels {tuple(channels)}: one to four, two blocks in all")
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate

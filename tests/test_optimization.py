@@ -1,0 +1,114 @@
+"""What a recipe's settings do to the weights, in numbers."""
+
+import math
+
+import pytest
+import timm
+import torch
+
+from training import engine
+from training.data import View
+from training.distributed import World
+from training.optimization import build_optimizer, build_scheduler
+from training.pipelines import resident_sets
+from training.recipe import validate
+
+CPU = World(0, 1, torch.device("cpu"))
+
+
+def recipe(optimizer=None, **settings):
+    whole = {
+        "epochs": 10,
+        "batch_size": 64,
+        "warmup_epochs": 0,
+        "model_args": {"in_chans": 1},
+        "data": {"source": "digits", "image_size": 8},
+        "optimizer": {"name": "momentum", "lr": 1.0, "momentum": 0.0, **(optimizer or {})},
+        **settings,
+    }
+    return validate(whole, "test")
+
+
+def after_steps(count, tmp_path, **settings):
+    """A trainer after so many steps, and its weights before and after each."""
+    trainer = engine.build(recipe(**settings), tmp_path, CPU)
+    history = [flat(trainer.model)]
+    for _, (images, targets) in zip(range(count), trainer.pipeline.epoch(0), strict=False):
+        engine._step(trainer, trainer.model, images, targets)
+        trainer.progress.step += 1
+        history.append(flat(trainer.model))
+    return trainer, history
+
+
+def flat(model):
+    return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("name", ["muon", "momentum"])
+@pytest.mark.parametrize("model", ["risotto_resnet20", "risotto_resnet20_bn", "risotto_resnet18"])
+def test_kernels_decay_and_vectors_do_not(model, name):
+    net = timm.create_model(model, num_classes=10)
+    rates = {"lr": 0.4, "other_lr": 0.3, "alpha_lr": 0.2, "weight_decay": 0.05}
+    optimizer = build_optimizer(net, recipe({"name": name, **rates}))
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(net.parameters()))
+    for key, parameter in net.named_parameters():
+        group = found[id(parameter)]
+        ends = key in ("conv1.weight", "fc.weight")
+        assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0.0), key
+        assert group["lr"] == (0.2 if key.endswith("alpha") else 0.4 if parameter.ndim == 4 and not ends else 0.3), key
+        if name == "muon":
+            assert bool(group.get("use_fallback")) == (parameter.ndim != 4 or ends), key
+
+
+@pytest.mark.parametrize(
+    ("schedule", "share"),
+    [
+        ("cosine", lambda t: (1 + math.cos(math.pi * t / 100)) / 2),
+        ("linear", lambda t: 1 - t / 100),
+        ("constant", lambda t: 1.0),
+    ],
+)
+def test_the_rate_warms_up_and_goes_down_as_the_schedule_says(schedule, share):
+    net = timm.create_model("risotto_resnet20")
+    settings = recipe({"lr": 0.4, "other_lr": 0.2}, schedule=schedule, warmup_epochs=2)
+    optimizer = build_optimizer(net, settings)
+    scheduler = build_scheduler(optimizer, settings, steps_per_epoch=10)
+    for step in (0, 5, 10, 19, 20, 50, 75, 99):
+        scheduler.step_update(step)
+        wanted = step / 20 if step < 20 else share(step)
+        rates = {group["lr"] for group in optimizer.param_groups}
+        assert sorted(rates) == pytest.approx([0.2 * wanted, 0.4 * wanted] if step else [0.0])
+
+
+def test_a_batch_in_parts_makes_the_step_of_the_whole(tmp_path):
+    _, whole = after_steps(2, tmp_path, optimizer={"lr": 0.1})
+    _, parts = after_steps(2, tmp_path, optimizer={"lr": 0.1}, accumulate=4)
+    step = (whole[2] - whole[0]).norm()
+    assert step > 0.01 and (parts[2] - whole[2]).norm() < 1e-4 * step
+
+
+def test_clipping_limits_the_norm_of_the_step(tmp_path):
+    _, free = after_steps(1, tmp_path)
+    _, held = after_steps(1, tmp_path, clip={"mode": "norm", "value": 0.01})
+    assert (free[1] - free[0]).norm() > 0.02
+    assert (held[1] - held[0]).norm().item() == pytest.approx(0.01, rel=1e-3)  # the rate is 1
+
+
+def test_the_average_is_that_of_a_plain_loop(tmp_path):
+    trainer, weights = after_steps(6, tmp_path, optimizer={"lr": 0.1}, ema_decay=0.4)
+    average = weights[0]
+    for step in range(6):  # timm's warm-up of the decay: none in the first two steps, then up to the one asked for
+        decay = min(0.4, 1 - step ** (-2 / 3)) if step else 0.0
+        average = decay * average + (1 - decay) * weights[step + 1]
+    assert (average - weights[6]).norm() > 1e-3
+    torch.testing.assert_close(flat(trainer.ema.module), average, atol=1e-6, rtol=1e-5)
+
+
+def test_held_out_images_are_not_trained_on():
+    view = View((1, 8, 8), (0.5,), (0.25,))
+    rows = lambda images: sorted(images.images.flatten(1).tolist())  # noqa: E731
+    whole, _ = resident_sets(recipe().data, view)
+    train, held = resident_sets(recipe(data={"source": "digits", "image_size": 8, "holdout": 0.1}).data, view)
+    assert (len(train), len(held)) == (1293, 144)
+    assert sorted(rows(train) + rows(held)) == rows(whole)
