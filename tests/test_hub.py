@@ -491,7 +491,7 @@ def test_offline_mode_takes_what_is_cached_and_names_what_is_not(published, hub,
         close()
 
 
-def test_other_peoples_configurations_load_from_a_cache_without_hashes(hub, monkeypatch, tmp_path):
+def test_other_peoples_configurations_load_from_a_cache_without_hashes(monkeypatch):
     model, commit = timm.create_model("resnet18", num_classes=2), "0" * 40
     config = model_config(model, [*"ab"], timm.data.resolve_data_config(model=model), {})
     folder = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--some--body"

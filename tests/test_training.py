@@ -287,6 +287,15 @@ def test_a_non_finite_loss_stops_with_code_3_and_keeps_the_last_good_state(comma
     assert "Traceback" not in result.err
 
 
+def test_a_device_out_of_memory_is_one_line(command, tmp_path, monkeypatch):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine, "_step", step)
+    result = command(train.main, "--recipe", "digits", *TINY, "--output", tmp_path / "run", "--device", "cpu")
+    assert result.code == 2 and "smaller batch_size" in result.err and "Traceback" not in result.err
+
+
 def test_a_full_disk_keeps_the_previous_state(command, tmp_path, monkeypatch):
     """Writing a state fails half-way through: what was there before is whole, and the run can go on from it."""
     from training import engine, state

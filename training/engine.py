@@ -92,11 +92,11 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
     """Run a recipe, from the start or from the state found in `output`, and return its results.
 
     Raises:
-        UserError: For anything the user can mend.
+        UserError: For anything the user can mend, a device out of memory included.
         Diverged: On a non-finite loss; the last good state is kept.
         Stopped: After SIGTERM or Ctrl-C, the state saved.
     """
-    with _StopSignals() as stop:
+    with _StopSignals() as stop, _enough_memory():
         if world.main:
             run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
         trainer = build(recipe, output, world)
@@ -108,6 +108,17 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         world.barrier()
         _resume(trainer)
         return _loop(trainer, stop)
+
+
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """A device out of memory, in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the device is out of memory; set a smaller batch_size or a larger accumulate, or train less at once"
+        ) from None
 
 
 @contextmanager

@@ -282,8 +282,6 @@ def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | N
                 (folder / "diverged").touch()
             except Stopped:
                 return None
-            except torch.OutOfMemoryError:
-                raise UserError("the device is out of memory; fewer trainings at once (--jobs) need less") from None
     rows = _metrics(folder)
     results = read_json(folder / "results.json") if not diverged else {}
     return {

@@ -5,9 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
-from risotto_zoo.errors import UserError, exits_cleanly
+from risotto_zoo.errors import exits_cleanly
 
 from .distributed import join_world, leave_world, restarts
 from .engine import DIVERGED, Diverged, Stopped, train
@@ -46,8 +44,6 @@ def main() -> int:
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return DIVERGED
-    except torch.OutOfMemoryError:
-        raise UserError("the device is out of memory; set a smaller batch_size or a larger accumulate") from None
     except Stopped as stopped:
         number = int(stopped.args[0])
         print(f"stopped by {signal.Signals(number).name}; the same command goes on from here", file=sys.stderr)

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -155,9 +154,8 @@ def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
                 say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
         except Diverged as error:
             say(f"{row.recipe} is left out: {error}")
-        except (UserError, torch.OutOfMemoryError) as error:
-            short = "the device is out of memory; set a smaller batch_size or a larger accumulate"
-            say(f"error: {row.recipe} is left out: {error if isinstance(error, UserError) else short}")
+        except UserError as error:
+            say(f"error: {row.recipe} is left out: {error}")
             code = 2
         except Stopped as stopped:
             say(f"stopped in {row.recipe}; the same command goes on from here")
