@@ -55,7 +55,7 @@ def load(name: str, device: str | torch.device = "cpu", revision: str | None = N
             name = f"hf-hub:{repository(release)}@{revision}"
     model = create_model(name, pretrained=True).eval()
     try:
-        model.to(device)
+        next(model.to(device).parameters()).sum().item()  # 'meta' takes a model, too, but computes nothing
     except Exception as error:  # each backend has its own way to say that it is not there
         raise UserError(f"device {device}: {str(error).splitlines()[0]}") from None
     try:

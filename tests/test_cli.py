@@ -58,6 +58,7 @@ def test_inspect_an_image_by_probes(command, tmp_path):
         (["inspect", "risotto_resnet20", "--output", "/no/where.png"], "cannot be written"),
         (["inspect", "risotto_resnet110", "--init", "he", "--alpha", "100"], "no finite signal"),
         (["predict", "x.png", "--model", "resnet18.foo"], "Invalid pretrained tag"),
+        (["predict", "x.png", "--device", "meta"], "device meta: "),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, words, command):

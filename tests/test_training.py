@@ -482,12 +482,12 @@ def test_streaming_trains_on_a_folder_and_resumes_exactly(workers, photo_folder,
 # --- several processes
 
 
-def torchrun(*args, processes=2, restarts=0, port=29511):
+def torchrun(*args, processes=2, restarts=0, port=29511, program=("-m", "training.train")):
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
-        f"--master-port={port}", "-m", "training.train", *map(str, args),
+        f"--master-port={port}", *map(str, program), *map(str, args),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -526,6 +526,25 @@ def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
     assert process.returncode == 0, err
     assert "resumed at step" in err
     assert json.loads((tmp_path / "run" / "results.json").read_text())["finished"]
+
+
+def test_a_process_out_of_memory_ends_all_of_them(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, torch\n"
+        "from training import engine, train\n"
+        "step = engine._step\n"
+        "def fails(trainer, *args):\n"
+        "    if trainer.world.rank == 1 and trainer.progress.step == 7:\n"
+        "        raise torch.OutOfMemoryError\n"
+        "    return step(trainer, *args)\n"
+        "engine._step = fails\n"
+        "train.main()\n"
+    )
+    process = torchrun(*FIFTY_STEPS, "--output", tmp_path / "run", port=29513, program=(program,))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert "error: the device is out of memory; set a smaller batch_size" in err
 
 
 def test_shipped_recipes_are_valid_and_say_what_they_need():

@@ -38,19 +38,21 @@ def main() -> int:
     settings = args.set + ([f"init_from={args.init_from}"] if args.init_from else [])
     recipe = load_recipe(args.recipe, settings)
     output = args.output or Path("runs") / Path(args.recipe).stem
+    code = 0
     try:
         # After a restart by torchrun, what lies in the folder is this run's own.
         train(recipe, output, join_world(args.device), args.overwrite and restarts() == 0, args.resume)
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
-        return DIVERGED
+        code = DIVERGED
     except Stopped as stopped:
         number = int(stopped.args[0])
         print(f"stopped by {signal.Signals(number).name}; the same command goes on from here", file=sys.stderr)
-        return 128 + number
-    finally:
-        leave_world()
-    return 0
+        code = 128 + number
+    # Any other exception may be this process's alone; leaving the group would then wait for the others, which wait for
+    # this one. It ends without that, and torchrun ends them.
+    leave_world()
+    return code
 
 
 if __name__ == "__main__":
