@@ -51,11 +51,11 @@ def model_config(
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key not in _SOURCE_KEYS}
     architecture = cfg.pop("architecture")
     told = cfg.pop("label_descriptions", None) or {}  # those of the weights it began with, perhaps
-    if tuple(data_config["input_size"]) != tuple(cfg["input_size"]):
-        if cfg.get("pool_size") is not None:
-            reduction = model.feature_info[-1]["reduction"]
-            cfg["pool_size"] = [-(-side // reduction) for side in data_config["input_size"][1:]]
-        cfg.pop("test_input_size", None)
+    if tuple(data_config["input_size"]) != tuple(cfg["input_size"]) and cfg.get("pool_size") is not None:
+        reduction = model.feature_info[-1]["reduction"]
+        cfg["pool_size"] = [-(-side // reduction) for side in data_config["input_size"][1:]]
+    for key in ("test_input_size", "test_crop_pct"):  # of the weights it began with: these were judged on input_size
+        cfg.pop(key, None)
     cfg.update(data_config, num_classes=len(classes), label_names=classes)
     known = PretrainedCfg.__dataclass_fields__
     return {
@@ -139,6 +139,9 @@ def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, An
     own = model.state_dict()
     expected = {key: tuple(value.shape) for key, value in own.items()}
     channels, classes = config["input_size"][0], config["num_classes"]
+    if classes < 0:  # timm's scripts ask in this way for a head to be adapted, whatever the file's is
+        bias = state.get(f"{config.get('classifier') or 'fc'}.bias")
+        classes = 0 if bias is None else len(bias)
     modules = dict(model.named_modules())
     for key, kinds in (("first_conv", nn.Conv2d), ("classifier", (nn.Linear, nn.Identity))):
         if config.get(key) and not isinstance(modules.get(str(config[key])), kinds):

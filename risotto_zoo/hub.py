@@ -214,6 +214,8 @@ def explained(error: Exception, what: str, repo_id: str, instead: str = "") -> E
         return UserError(f"{what}: the Hub is out of order ({status}); try again later")
     if status is not None:
         return UserError(f"{what}: the Hub refused ({status}): {str(error).strip().splitlines()[0]}")
+    if isinstance(error, UnicodeEncodeError):
+        return UserError(f"{what}: the token holds characters that no token has; log in with `hf auth login` again")
     if isinstance(error, HFValidationError):
         return UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}")
     if isinstance(error, OSError) and error.errno is not None and not _may_pass(error):

@@ -27,10 +27,13 @@ class Classifier:
     classes: list[str]  # K names, those for people where the labels are ids
     channels: int
 
-    @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> Tensor:
         """Probabilities of the classes, shape (B, K) on the CPU, for PIL images of any mode and size."""
-        batch = torch.stack([self.transform(to_mode(image, self.channels)) for image in images])
+        return self.probabilities(torch.stack([self.transform(to_mode(image, self.channels)) for image in images]))
+
+    @torch.no_grad()
+    def probabilities(self, batch: Tensor) -> Tensor:
+        """The same for transformed images, shape (B, C, H, W)."""
         parameter = next(self.model.parameters())
         return self.model(batch.to(parameter)).float().softmax(dim=1).cpu()
 
@@ -78,14 +81,16 @@ def predict(classifier: Classifier, paths: list[Path]) -> Iterator[tuple[Path, T
     """Probabilities (K,) of each image file in turn, or why it cannot be read."""
     for start in range(0, len(paths), BATCH):
         part = paths[start : start + BATCH]
-        images: dict[Path, Image.Image] = {}
+        images: dict[Path, Tensor] = {}
         broken: dict[Path, UnreadableImage] = {}
         for path in part:
             try:
-                images[path] = read_image(path, classifier.channels)
+                images[path] = classifier.transform(read_image(path, classifier.channels))
             except UnreadableImage as error:
                 broken[path] = error
-        rows = dict(zip(images, classifier(list(images.values())), strict=True)) if images else {}
+        rows = {}
+        if images:
+            rows = dict(zip(images, classifier.probabilities(torch.stack(list(images.values()))), strict=True))
         for path in part:
             yield path, rows[path] if path in rows else broken[path]
 

@@ -317,6 +317,12 @@ def test_a_lasting_fault_leaves_nothing_loadable(step, kind, published, hub, com
     assert command(*ask).code == 0
 
 
+def test_a_token_that_is_none_is_one_line(folder, command, monkeypatch, hub):
+    monkeypatch.setenv("HF_TOKEN", "hf_tökén")
+    result = command(publish.main, folder, "--repo-id", REPO)
+    assert result.code == 2 and "the token" in result.err and "Traceback" not in result.err
+
+
 def test_what_the_cache_holds_is_verified_each_time_and_mended(published, hub):
     good = logits(risotto_zoo.load(f"hf-hub:{REPO}").model)
     for name in (WEIGHTS, "config.json"):

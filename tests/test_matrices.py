@@ -24,6 +24,14 @@ def test_semi_orthogonal(rows, cols):
     torch.testing.assert_close(gram, torch.eye(min(rows, cols), dtype=torch.float64), atol=1e-14, rtol=0)
 
 
+def test_semi_orthogonal_takes_an_exact_zero(monkeypatch):
+    """float32 Gaussians are exactly 0 once in some ten millions."""
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *args, **kwargs: draw(*args, **kwargs).fill_diagonal_(0))
+    u = semi_orthogonal(5, 5, rng())
+    torch.testing.assert_close(u.T @ u, torch.eye(5, dtype=torch.float64), atol=1e-14, rtol=0)
+
+
 def test_semi_orthogonal_is_haar():
     """Every entry of a Haar matrix is symmetric with variance 1/n; without the sign fix the diagonal is biased."""
     entries = torch.stack([semi_orthogonal(4, 4, rng(seed)) for seed in range(1500)])

@@ -1,6 +1,7 @@
 """The models are timm models: everything timm's users and tools rely on works for each of them."""
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -195,6 +196,21 @@ def test_output_stride_dilates():
     model = timm.create_model("risotto_resnet18", output_stride=8, features_only=True)
     assert model.feature_info.reduction() == [2, 4, 8, 8, 8]
     assert model(torch.randn(1, 3, 64, 64))[-1].shape[-1] == 8
+
+
+@pytest.mark.parametrize("options", [{"num_classes": 5}, {"num_classes": 10}, {}])
+def test_a_head_is_adapted_as_timms_scripts_ask_for_it(options, tmp_path):
+    """Their `--pretrained-path` comes as an overlay with num_classes -1, which is no number of the file's classes."""
+    source = timm.create_model("risotto_resnet20", num_classes=10, seed=7)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    overlay = {"file": str(tmp_path / "weights.safetensors"), "num_classes": -1}
+    model = timm.create_model("risotto_resnet20", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    for key, value in model.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(value, source.state_dict()[key]), key
+    # A new head is RISOTTO's own: semi-orthogonal, and the same again with the other sign.
+    torch.testing.assert_close(model.fc.weight[:, :32], -model.fc.weight[:, 32:])
+    values = torch.linalg.svdvals(model.fc.weight[:, :32].double())
+    torch.testing.assert_close(values, torch.ones_like(values), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,16 @@ def after_steps(count, tmp_path, **settings):
     return trainer, history
 
 
+def test_adaptive_clipping_leaves_the_classifier_alone(tmp_path):
+    """One that starts at zero, as Fixup's, would not move else."""
+    start = {"model_args": {"in_chans": 1, "init": "fixup"}}
+    moved = []
+    for clip in ({"mode": "agc", "value": 0.01}, None):
+        trainer, _ = after_steps(1, tmp_path, clip=clip, **start)
+        moved.append(trainer.model.fc.weight.norm())
+    assert moved[0] == moved[1] > 0
+
+
 def flat(model):
     return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
 

@@ -323,6 +323,34 @@ def test_a_full_disk_keeps_the_previous_state(command, tmp_path, monkeypatch):
     assert command(train.main, *options).code == 0
 
 
+def test_what_a_run_stopped_before_its_last_row_lacks_is_made_up_for(command, tmp_path, monkeypatch):
+    """Killed after the state of the last epoch was saved and before its metrics were."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    options = ["--recipe", "digits", *TINY, "--set", "epochs=1", "--output", tmp_path / "run", "--device", "cpu"]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(engine.run_folder, "write_metrics", killed)
+        command(train.main, *options)
+    assert command(train.main, *options).code == 0
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [float(row["epoch"]) for row in rows] == [1] and (tmp_path / "run" / "curves.png").is_file()
+
+
+def test_two_processes_do_not_train_in_one_folder(command, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(engine.run_folder, "PATIENCE", 0.1)
+    options = ["--recipe", "digits", *TINY, "--output", tmp_path / "run", "--device", "cpu"]
+    with engine.run_folder.locked(tmp_path / "run"):
+        result = command(train.main, *options)
+    assert result.code == 2 and "another process is training in" in result.err
+    assert not list((tmp_path / "run").iterdir())
+
+
 # --- options of the engine
 
 
@@ -389,6 +417,16 @@ def test_fine_tuning_takes_weights_and_a_new_head(finished, command, tmp_path, p
     for key, value in start_weights.items():
         frozen = key.startswith(("conv1", "layer1"))
         assert torch.equal(tuned[key], value) == frozen or key.startswith("fc")
+
+
+def test_fine_tuning_does_not_overwrite_what_it_starts_from(finished, command, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(finished, source)
+    before = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
+    options = ["--init-from", f"local-dir:{source}", "--output", source, "--device", "cpu", "--overwrite"]
+    result = command(train.main, "--recipe", "digits", *TINY, *options)
+    assert result.code == 2 and "choose another with --output" in result.err
+    assert before == {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
 
 
 def test_layer_decay_gives_early_layers_smaller_steps(finished, command, tmp_path):

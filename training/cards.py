@@ -272,7 +272,14 @@ def _results(result: dict[str, Any]) -> str:
     images, averaged = result["evaluation"]["images"], "averaged" in result
     keys = sorted({key for row in result["baselines"] for key in row.get("differs", ["model", "optimizer.lr"])})
     beside = f" The other rows were trained on the same files by the same recipe, but for {', '.join(keys)}."
-    note = f"On {images:,} test images, in float32, after the last epoch; nothing was chosen by them"
+    earlier = result["version"] - 1
+    note = f"On {images:,} test images, in float32, after the last epoch; "
+    note += (
+        f"no epoch was chosen by them, but {earlier} earlier version{'s' if earlier > 1 else ''} of this model "
+        "had been tested on them when this one's recipe was made"
+        if earlier
+        else "nothing was chosen by them"
+    )
     note += f", but that of raw and averaged weights the {result['weights']} ones were kept." if averaged else "."
     if result["baselines"]:
         note += beside

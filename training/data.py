@@ -112,6 +112,9 @@ def load_set(
     side = size or view.input_size[1]
     _check_memory(len(reader.samples), channels * side * side, psutil.virtual_memory().available, source)
     part = {"training": training, "split": split, "root": root}
+    if reader.dataset is not None and reader.root is None:  # no files of ours to name a cache file by
+        result = _decode(reader, transform, channels, (channels, side, side), progress)
+        return replace(result, unreadable=[*result.unreadable, *reader.skipped])
     key = _cache_key(reader, {**part, "size": size, **asdict(view), "mean": None, "std": None})
     result = _read_cache(key)
     if result is None:

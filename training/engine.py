@@ -4,11 +4,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_data_config
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from risotto_zoo.checkpoints import model_config, save_model
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import Evaluation, evaluate
-from risotto_zoo.models import create_model, saved_arguments
+from risotto_zoo.models import create_model, parse_name, saved_arguments
 
 from . import run_folder
 from .augment import stream
@@ -76,6 +77,7 @@ class Trainer:
     scaler: torch.amp.GradScaler
     progress: Progress
     parameters: int  # of the net itself, without training-time extras
+    arguments: dict[str, Any]  # of timm.create_model, that make the net again
 
     @property
     def name(self) -> str:
@@ -83,9 +85,7 @@ class Trainer:
 
     @property
     def config(self) -> dict[str, Any]:
-        given = {**saved_arguments(self.recipe.init_from), **self.recipe.model_args}
-        args = {key: value for key, value in given.items() if key not in ("seed", "num_classes", "in_chans")}
-        return model_config(self.model, self.pipeline.classes, asdict(self.view), args)
+        return model_config(self.model, self.pipeline.classes, asdict(self.view), self.arguments)
 
 
 def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
@@ -96,9 +96,10 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         Diverged: On a non-finite loss; the last good state is kept.
         Stopped: After SIGTERM or Ctrl-C, the state saved.
     """
-    with _StopSignals() as stop, _enough_memory():
+    with _StopSignals() as stop, _enough_memory(), ExitStack() as held:
         if world.main:
             run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
+            held.enter_context(run_folder.locked(output))
         trainer = build(recipe, output, world)
         if number := world.largest(stop.number):
             raise Stopped(number)
@@ -139,9 +140,13 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
     if world.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
         torch.backends.cudnn.benchmark = True
+    given = {**saved_arguments(recipe.init_from), **recipe.model_args}
     args = dict(recipe.model_args)
     wanted_classes = args.pop("num_classes", None)
     if recipe.init_from is not None:
+        source, place = parse_name(recipe.init_from)
+        if source == "local-dir" and Path(place).resolve() == output.resolve():
+            raise UserError(f"the output {output} is what init_from starts from; choose another with --output")
         model = create_model(recipe.init_from, pretrained=True, **args)
         config = model.pretrained_cfg
     else:
@@ -186,6 +191,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
         scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "float16"),
         progress=Progress(),
         parameters=parameters,
+        arguments={key: value for key, value in given.items() if key not in ("seed", "num_classes", "in_chans")},
     )
 
 
@@ -242,9 +248,8 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
             continue
         with _writing(trainer.output):
             run_folder.write_metrics(trainer.output, progress.history)
-            if len(progress.history) == recipe.epochs or time.perf_counter() - last_curves > CURVES_SECONDS:
-                title = f"{trainer.name} on {Path(recipe.data.source).name}"
-                run_folder.write_curves(trainer.output, progress.history, title)
+            if time.perf_counter() - last_curves > CURVES_SECONDS:
+                _curves(trainer)
                 last_curves = time.perf_counter()
             _export(trainer)
             if board is not None:
@@ -326,7 +331,9 @@ def _step(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor) 
         correct += (logits.detach().argmax(1) == wanted.argmax(1)).sum()
     if recipe.clip is not None:
         trainer.scaler.unscale_(trainer.optimizer)
-        parameters = [p for p in trainer.model.parameters() if p.grad is not None]
+        # AGC leaves the classifier alone (arXiv 2102.06171): one that starts at zero would stay there.
+        head = list(trainer.model.get_classifier().parameters()) if recipe.clip.mode == "agc" else []
+        parameters = [p for p in trainer.model.parameters() if p.grad is not None and all(p is not q for q in head)]
         dispatch_clip_grad(parameters, recipe.clip.value, mode=recipe.clip.mode)
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
@@ -457,6 +464,11 @@ def _export(trainer: Trainer) -> dict[str, str]:
     return hashes
 
 
+def _curves(trainer: Trainer) -> None:
+    title = f"{trainer.name} on {Path(trainer.recipe.data.source).name}"
+    run_folder.write_curves(trainer.output, trainer.progress.history, title)
+
+
 def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -> dict[str, Any]:
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
     hashes = _export(trainer)
@@ -480,6 +492,8 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -
     }
     if world.main:
         with _writing(trainer.output):
+            run_folder.write_metrics(trainer.output, progress.history)  # it may have been stopped before it was
+            _curves(trainer)
             run_folder.write_results(trainer.output, results)
         say(summary(trainer.output, results))
     world.barrier()
@@ -487,7 +501,10 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -
 
 
 def _peak_memory() -> int:
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

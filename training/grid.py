@@ -28,12 +28,14 @@ from .cards import read_json
 from .console import say
 from .distributed import World, choose_device
 from .engine import Diverged, Stopped, train
-from .recipe import Count, Recipe, Section, assign, explain, read_with_base, validate
-from .run_folder import hardware, version_of
+from .recipe import Recipe, Section, assign, explain, read_with_base, validate
+from .run_folder import hardware, read_metrics, version_of
 
 STUDIES = Path(__file__).parent / "studies"
 RUNS = Path("runs") / "studies"
 HELD_OUT = 0.1
+TUNING_SEED = 0
+THREADS = 1  # of each training on a CPU
 
 
 class Axis(Section):
@@ -46,7 +48,6 @@ class Axis(Section):
 class Tuning(Section):
     key: str = Field(description="recipe key that is chosen for each arm and value, on the held-out tenth")
     values: list[Any] = Field(min_length=1)
-    seed: int = 0
 
 
 class Claim(Section):
@@ -70,7 +71,6 @@ class Study(Section):
     tune: Tuning | None = None
     seeds: list[int] = Field(min_length=1)
     claims: list[Claim] = Field([], description="compared and judged in the report")
-    threads: Count = 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def tuning_runs(study: Study) -> list[Run]:
     if study.tune is None:
         return []
     return [
-        _run(study, arm, x, candidate, study.tune.seed, tuning=True)
+        _run(study, arm, x, candidate, TUNING_SEED, tuning=True)
         for arm in study.arms
         for x in _values(study)
         for candidate in candidates(study, arm)
@@ -151,9 +151,9 @@ def final_runs(study: Study, records: dict[str, dict[str, Any]]) -> list[Run]:
 
 
 def current(study: Study, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The records of the runs that the study consists of as it is now; those of an earlier edition are left out."""
-    wanted = {run.key for run in [*tuning_runs(study), *final_runs(study, records)]}
-    return {key: record for key, record in records.items() if key in wanted}
+    """The records of the runs that the study consists of as it is now, by what it calls its arms now."""
+    wanted = {run.key: run for run in [*tuning_runs(study), *final_runs(study, records)]}
+    return {key: {**record, "arm": wanted[key].arm} for key, record in records.items() if key in wanted}
 
 
 def chosen(study: Study, records: dict[str, dict[str, Any]], arm: str, x: Any) -> Any:
@@ -162,7 +162,7 @@ def chosen(study: Study, records: dict[str, dict[str, Any]], arm: str, x: Any) -
         return None
     scores = []
     for candidate in candidates(study, arm):
-        record = records.get(_run(study, arm, x, candidate, study.tune.seed, tuning=True).key)
+        record = records.get(_run(study, arm, x, candidate, TUNING_SEED, tuning=True).key)
         if record is None:
             return None
         scores.append((record["top1"], candidate))
@@ -206,7 +206,7 @@ def conduct(name: str, jobs: int, device: str | None) -> None:
     for runs in (lambda: tuning_runs(study), lambda: final_runs(study, records)):
         missing = [run for run in runs() if run.key not in records]
         with tqdm(total=len(missing), desc=name, unit="run", disable=None) as bar:
-            for run, record in trained(missing, jobs, device, study.threads, RUNS):
+            for run, record in trained(missing, jobs, device, THREADS, RUNS):
                 records[run.key] = record
                 bar.update()
                 say(f"{run.arm} {'' if run.x is None else run.x} seed {run.seed}: {_told(run, record)}")
@@ -282,7 +282,7 @@ def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | N
                 (folder / "diverged").touch()
             except Stopped:
                 return None
-    rows = _metrics(folder)
+    rows = read_metrics(folder)
     results = read_json(folder / "results.json") if not diverged else {}
     return {
         "arm": run.arm,
@@ -299,13 +299,6 @@ def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | N
         "hardware": results.get("hardware") or hardware(where.device, 1),
         "torch": version_of(folder, "torch"),
     }
-
-
-def _metrics(folder: Path) -> list[dict[str, float]]:
-    if not (folder / "metrics.csv").is_file():
-        return []
-    keys, *rows = (line.split(",") for line in (folder / "metrics.csv").read_text().splitlines())
-    return [dict(zip(keys, map(float, row), strict=True)) for row in rows]
 
 
 def default_jobs(device: str | None) -> int:

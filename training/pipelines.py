@@ -104,7 +104,7 @@ class Resident:
         if not world.main:
             train, val = resident_sets(data, view, progress=False)
         self.classes, self.val = train.classes, val
-        self.unreadable = train.unreadable + val.unreadable
+        self.unreadable = list(dict.fromkeys(train.unreadable + val.unreadable))  # a held-out part tells the same
         self.train_size, self.val_size = len(train), len(val)
         self.batch, self.steps_per_epoch = _batch_plan(recipe, len(train), world)
         check_device_memory(train, world.device)
@@ -154,7 +154,7 @@ class Streaming:
         self.train = self._open(True, data.train_split)
         self.val = self._open(False, data.val_split)
         self.classes = self.train_classes
-        self.train_size, self.val_size = len(self.train), len(self.val)
+        self.train_size, self.val_size = _images(self.train), _images(self.val)
         self.batch, self.steps_per_epoch = _batch_plan(recipe, self.train_size, world)
         try:
             self._training_loader(self.train)
@@ -229,6 +229,11 @@ class Streaming:
         if not isinstance(part, IterableDataset):
             part = _Part(part, list(range(self.world.rank, self.val_size, self.world.size)))
         return streamed_batches(part, self.view, self.world.device, self.recipe.data.workers, len(self.classes))
+
+
+def _images(dataset: Dataset) -> int:
+    """Of all processes together; the length of a timm data set that is read in order is one process's share."""
+    return getattr(getattr(dataset, "reader", None), "num_samples", None) or len(dataset)
 
 
 def _check_labels(targets: Tensor, classes: int) -> None:

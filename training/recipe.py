@@ -21,6 +21,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
+# They need second derivatives, or keep what no state on disk can hold.
+UNFIT = ("adahessian", "kron", "kronw", "kronc")
+# Arguments of timm.create_model that are not of the net itself.
+NOT_OF_THE_NET = (
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only",
+    "out_indices", "device", "dtype", "scriptable", "exportable", "no_jit",
+)  # fmt: skip
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -94,7 +103,7 @@ class Optimizer(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        known = timm.optim.list_optimizers()
+        known = [name for name in timm.optim.list_optimizers() if name not in UNFIT]
         if value not in known:
             raise ValueError(f"unknown optimizer {value!r}{did_you_mean(value, known)}")
         return value
@@ -157,6 +166,10 @@ class Recipe(Section):
             (
                 self.optimizer.layer_decay is not None and self.weight_standardization,
                 "optimizer: layer_decay does not go with weight_standardization",
+            ),
+            (
+                any(key in NOT_OF_THE_NET for key in self.model_args),
+                f"model_args takes none of {', '.join(NOT_OF_THE_NET)}; to start from weights, set init_from",
             ),
             (self.freeze and self.init_from is None, "freeze without init_from would freeze random weights"),
             (

@@ -6,7 +6,6 @@ package; larger ones into the repository while all tracked files stay under 28 M
 """
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -35,6 +34,7 @@ from .data import View
 from .distributed import World, choose_device
 from .pipelines import validation_batches, validation_set
 from .recipe import Recipe, load_recipe
+from .run_folder import read_metrics
 
 PACKAGE_BYTES = 4_000_000
 REPOSITORY_BYTES = 28 * 2**20
@@ -212,15 +212,14 @@ def _finetune(tuned: Path, scratch: Path) -> dict[str, Any]:
         recipe = load_recipe(str(run / "recipe.yaml"))
         if (side == "tuned") != (recipe.init_from is not None):
             raise UserError(f"{run}: name the run that was fine-tuned first, then the one from scratch")
-        rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
         sides[side] = {
             **_baseline(run, results),
-            "by_epoch": [float(row["val_top1"]) for row in rows],
+            "by_epoch": [row["val_top1"] for row in read_metrics(run)],
             "data": results["data"],
         }
         sides[side] |= {"train_images": results["train_images"], "size": recipe.data.image_size}
-    if any(sides["tuned"][key] != sides["scratch"][key] for key in ("data", "train_images", "epochs", "size")):
-        raise UserError(f"{tuned} and {scratch} had different data or budgets")
+    if any(sides["tuned"][key] != sides["scratch"][key] for key in ("model", "data", "train_images", "epochs", "size")):
+        raise UserError(f"{tuned} and {scratch} had different nets, data or budgets")
     return sides
 
 

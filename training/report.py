@@ -54,6 +54,24 @@ def files() -> dict[Path, bytes]:
     return result
 
 
+def verdicts() -> str:
+    """A table for the README: each claim that was tested, and the first words of its verdict."""
+    rows = ["| claim | study | verdict |", "|---|---|---|"]
+    if propagation.results_file().is_file():
+        told = propagation.verdict(read_json(propagation.results_file()))
+        rows.append(f"| {propagation.CLAIM} | `propagation` | {told.partition(':')[0]} |")
+    for name in study_names():
+        study = load_study(name)
+        if not results_file(name).is_file():
+            continue
+        records = current(study, read_json(results_file(name))["runs"])
+        for claim in study.claims:
+            whose = " (not the paper's)" if claim.ours else ""
+            told = _verdict(study, records, claim).partition(":")[0]
+            rows.append(f"| {claim.text}{whose} | `{name}` | {told} |")
+    return "\n".join(rows)
+
+
 def write_all() -> list[Path]:
     """Write what is not as it should be; returns those files."""
     stale = {path: data for path, data in files().items() if not path.is_file() or path.read_bytes() != data}
@@ -128,6 +146,8 @@ def _conditions(study: Study, records: Records) -> str:
     held = f", {data.holdout:.0%} of them held out to measure on" if data.holdout else ""
     machines = ", ".join(sorted({r["hardware"] for r in records.values()}))
     versions = ", ".join(sorted({f"torch {r['torch']}" for r in records.values() if "torch" in r}))
+    if unknown := sum("torch" not in r for r in records.values()):
+        versions += f" (not recorded for {unknown} of the runs)"
     hours = sum(r["seconds"] for r in records.values()) / 3600
     text = (
         f"Data: {Path(data.source).name}, {images} training images{held}; {recipe.epochs} epochs, batch "
@@ -187,7 +207,8 @@ def _at_end(study: Study, arm: str, value: Any) -> bool:
 def _scores(study: Study, records: Records, side: str, measure: str) -> dict[int, float]:
     """By seed, the measure of an arm, over all that is varied; at one value for ARM@VALUE; of A - B the gain.
 
-    The measure is mean accuracy, or "width": how many of the varied values are within WIDTH of the arm's own best.
+    Seeds of which a run is missing are left out. The measure is mean accuracy, or "width": how many of the varied
+    values are within WIDTH of the arm's own best.
     """
     if " - " in side:
         a, b = (_scores(study, records, part, measure) for part in side.split(" - "))
@@ -199,6 +220,8 @@ def _scores(study: Study, records: Records, side: str, measure: str) -> dict[int
     by_seed: dict[int, list[float]] = {}
     for record in _final(records, arm, x):
         by_seed.setdefault(record["seed"], []).append(record["top1"])
+    wanted = len(study.vary.values) if study.vary is not None and x is None else 1
+    by_seed = {seed: values for seed, values in by_seed.items() if len(values) == wanted}
     if measure == "width":
         return {seed: sum(value >= max(values) - WIDTH for value in values) for seed, values in by_seed.items()}
     return {seed: statistics.fmean(values) for seed, values in by_seed.items()}
@@ -213,7 +236,7 @@ def _verdict(study: Study, records: Records, claim: Claim) -> str:
             return "Not tested at that scale: runs are missing."
         mean, low, high = (scale * value for value in difference(*(list(side.values()) for side in sides)))
         confirmed &= 0 < low < high  # three times the same count is no interval
-        opposite += [other] if high < 0 else []
+        opposite += [other] if low < high < 0 else []
         told.append(f"{mean:+.1f} {unit} against {other} ({low:+.1f} to {high:+.1f})")
     over = ""
     if claim.measure == "width":
@@ -221,20 +244,55 @@ def _verdict(study: Study, records: Records, claim: Claim) -> str:
     elif study.vary is not None and "@" not in claim.better:
         over = " on average over the range"
     verdict = "Confirmed" if confirmed else "Not confirmed"
-    if confirmed and any(_may_do_better(study, records, other) for other in claim.than):
-        verdict += f", for the values of `{study.tune.key}` that were tried (*)"
+    if confirmed and _may_gain(study, records, claim.than, [claim.better]):
+        verdict += _TRIED.format(study.tune.key)
     if opposite:
         verdict += f", and the opposite was measured against {', '.join(opposite)}"
-    return f"{verdict}: {claim.better} is at {', '.join(told)}{over}."
+        if _may_gain(study, records, [claim.better], opposite):
+            verdict += _TRIED.format(study.tune.key)
+    return f"{verdict}: {claim.better} is at {', '.join(told)}{over}.{_reservations(study, records, claim)}"
 
 
-def _may_do_better(study: Study, records: Records, side: str) -> bool:
-    """Whether the tuned value of an arm, or of one of its values, is the first or the last that was tried."""
-    if study.tune is None or " - " in side:
-        return False
+_TRIED = ", for the values of `{}` that were tried (*)"
+
+
+def _may_gain(study: Study, records: Records, behind: list[str], ahead: list[str]) -> bool:
+    """Whether other values of the tuned key may move the comparison in favour of the sides `behind`.
+
+    They may where an arm was best at the first or the last value tried: one that counts for a side `behind`, or one
+    that is subtracted from a side `ahead`.
+    """
+    first = [side.partition(" - ")[0] for side in behind]
+    subtracted = [side.partition(" - ")[2] for side in ahead if " - " in side]
+    return study.tune is not None and any(
+        _at_end(study, arm, chosen(study, records, arm, x))
+        for arm, x in (pair for part in first + subtracted for pair in _cells(study, part))
+    )
+
+
+def _cells(study: Study, side: str) -> list[tuple[str, Any]]:
+    """The arm of ARM or ARM@VALUE with each of its varied values, or with the one."""
     arm, at, value = side.partition("@")
-    varied = [x for x in (study.vary.values if study.vary else [None]) if not at or str(x) == value]
-    return any(_at_end(study, arm, chosen(study, records, arm, x)) for x in varied)
+    return [(arm, x) for x in (study.vary.values if study.vary else [None]) if not at or str(x) == value]
+
+
+def _reservations(study: Study, records: Records, claim: Claim) -> str:
+    """What limits a comparison: runs that diverged, and good values at an end of the range that is compared."""
+    text = ""
+    arms = list(dict.fromkeys(part for side in (claim.better, *claim.than) for part in side.split(" - ")))
+    for part in arms:
+        final = [record for cell in _cells(study, part) for record in _final(records, *cell)]
+        if lost := sum(record["diverged"] for record in final):
+            text += f" {part} diverged in {lost} of {len(final)} runs."
+    if claim.measure == "width":
+        cut = []
+        for arm in arms:
+            means = [statistics.fmean(r["top1"] for r in _final(records, *cell)) for cell in _cells(study, arm)]
+            if max(means[0], means[-1]) >= max(means) - WIDTH:
+                cut.append(arm)
+        if cut:
+            text += f" The range of {', '.join(cut)} may go on beyond the values that were tried."
+    return text
 
 
 def _figures(study: Study, records: Records) -> dict[str, Figure]:

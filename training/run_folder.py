@@ -3,8 +3,12 @@
 import csv
 import io
 import json
+import os
 import platform
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ FILES = (
     "curves.png",
     "recipe.yaml",
 )
+PATIENCE = 10.0
 
 
 def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
@@ -58,6 +63,36 @@ def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             pass
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a checked folder meanwhile, where the system and its disk can do so.
+
+    Raises:
+        UserError: If one does; after some seconds, since the loader processes of a run that was killed hold it, too.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle, patience = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > patience:
+                    raise UserError(f"another process is training in {folder}; choose another with --output") from None
+                time.sleep(0.2)
+                continue
+            except OSError:  # a disk that cannot lock, as some network disks
+                pass
+            break
+        yield
+    finally:
+        os.close(handle)
 
 
 def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
@@ -122,6 +157,14 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(history)
     write_atomically(folder / "metrics.csv", text.getvalue().encode())
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv; none if there is no such file."""
+    if not (folder / "metrics.csv").is_file():
+        return []
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def write_curves(folder: Path, history: list[dict[str, Any]], title: str) -> None:

@@ -1,9 +1,10 @@
 """Tables of numbers, generated: python -m training.tables writes them, --check fails if one is stale.
 
 The numbers of a run that is not released live in training/results/NAME.json; --add copies them there. Those of
-benchmarks are written to training/results/benchmarks by `python -m training.benchmark NAME --json`. The tables stand
-between marker comments in README.md, training/README.md and training/recipes/NOTES.md, and in the recipes' heads. For
-what comes from releases, python -m training.cards does the same.
+benchmarks are written to training/results/benchmarks by `python -m training.benchmark NAME --json`, those of studies
+lie beside them. The tables stand between marker comments in README.md, training/README.md and
+training/recipes/NOTES.md, and in the recipes' heads. For what comes from releases, python -m training.cards does the
+same.
 """
 
 import argparse
@@ -16,8 +17,10 @@ from typing import Any
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import write_atomically
 
-from .cards import CARDS, between, duration, releases
+from .cards import CARDS, between, duration, read_json, releases
 from .recipe import RECIPES, Recipe, load_recipe, section_of, validate
+from .report import verdicts
+from .run_folder import read_metrics
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +58,7 @@ def speed_table(short: bool) -> str:
     rows = ["| ours | peer | time of ours / peer's (quartiles) | |", "|---|---|---|---|"]
     measured_on = set()
     for path in sorted((RESULTS / "benchmarks").glob("*.json")):
-        found = json.loads(path.read_text())
+        found = read_json(path)
         measured_on.add(f"{found['hardware']}, torch {found['torch']}, timm {found['timm']}")
         for row in found["rows"]:
             detail = row["images"] is not None and (row["images"] == 1 or ", eager" not in row["what"])
@@ -84,7 +87,7 @@ def reached(name: str) -> str:
         if load_recipe(str(CARDS / release / "recipe.yaml")) == recipe:
             return _reached(result, result["evaluation"])
     path = RESULTS / f"{name}.json"
-    record = json.loads(path.read_text()) if path.is_file() else None
+    record = read_json(path) if path.is_file() else None
     if record is None or validate(record["recipe"], str(path)) != recipe:
         return "Accuracy and time: has not been run."
     return _reached(record["results"], _best(record["results"]))
@@ -102,13 +105,14 @@ def _best(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _records(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    return [(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    return [(path.stem, read_json(path)) for path in sorted(folder.glob("*.json"))]
 
 
 def pages() -> dict[Path, str]:
     """Every file with a generated part, as it should be."""
     result = {}
     for path, marker, table in (
+        (ROOT / "README.md", "verdicts", verdicts()),
         (ROOT / "README.md", "speed", speed_table(short=True)),
         (ROOT / "training" / "README.md", "schema", schema_table()),
         (ROOT / "training" / "README.md", "speed", speed_table(short=False)),
@@ -129,15 +133,10 @@ def add(run: Path, sweep: bool) -> None:
     Raises:
         UserError: If the run is not finished.
     """
-    try:
-        results = json.loads((run / "results.json").read_text())
-        rows = (run / "metrics.csv").read_text().splitlines()
-    except (OSError, ValueError):
-        raise UserError(f"{run} holds no finished run") from None
+    results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
     if not results.get("finished"):
-        raise UserError(f"{run} is not finished")
-    keys = rows[0].split(",")
-    history = [dict(zip(keys, map(float, row.split(",")), strict=True)) for row in rows[1:]]
+        raise UserError(f"{run} holds no finished run")
+    history = read_metrics(run)
     recipe = load_recipe(str(run / "recipe.yaml"))
     record: dict[str, Any] = {"results": results, "history": history, "recipe": json.loads(recipe.model_dump_json())}
     if sweep:
@@ -160,6 +159,7 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     return {
         "batch": (recipe.batch_size, 128),
         "warmup": (recipe.warmup_epochs, 1.0),
+        "model_args": (recipe.model_args, {}),
         "weight_decay": (recipe.optimizer.weight_decay, 0.01),
         "weight_standardization": (recipe.weight_standardization, False),
         "amp": (recipe.amp, None),

@@ -15,6 +15,8 @@ def semi_orthogonal(rows: int, cols: int, generator: torch.Generator | None = No
     """
     tall, narrow = max(rows, cols), min(rows, cols)
     x = torch.randn(tall, narrow, dtype=torch.float32, device="cpu", generator=generator).tril_().double()
+    diagonal = x.diagonal()
+    diagonal[diagonal == 0] = torch.finfo(torch.float32).tiny  # float32 has exact zeros, which have no direction
     top = x.diagonal().clone()
     r = torch.where(top < 0, 1.0, -1.0) * x.norm(dim=0)  # R's diagonal: each column is reflected onto r e_1
     q = torch.linalg.householder_product(x / (top - r), (r - top) / r)

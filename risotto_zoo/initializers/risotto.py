@@ -113,8 +113,8 @@ def risotto_(model: nn.Module, alpha: float | None = None, generator: torch.Gene
     `alpha` of its own, the gamma of its last normalization starts at alpha. A max pool is let through, as nets with
     batch normalization keep theirs, but a net with one is no isometry: the map is exact up to the pool, and the
     identity skips behind it no longer see pairs of which one is zero. timm's `replace_stem_pool=True`, or `maxpool`
-    set to `nn.Identity()`, makes it exact. Weights are computed in float64 on the
-    CPU, then cast: the same generator seed gives the same weights on every device.
+    set to `nn.Identity()`, makes it exact (with batch normalization up to its eps). Weights are computed in float64
+    on the CPU, then cast: the same generator seed gives the same weights on every device.
 
     Args:
         model: The network, on any device, of any floating dtype.

@@ -143,6 +143,7 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
             cfg |= {"source": "", "state_dict": {"stands for": "verified weights"}}
         asked = kwargs.get("num_classes", cfg["num_classes"]), kwargs.get("in_chans", cfg["input_size"][0])
         whole = pretrained and asked == (cfg["num_classes"], cfg["input_size"][0]) and not kwargs.get("features_only")
+        whole &= cfg["num_classes"] >= 0  # below, timm makes a new head in any case
         check_choice("init", kwargs.get("init", "risotto"), (*SCHEMES, None))
         # Every weight is about to be overwritten, so none is drawn; Fixup has parameters of its own, so it is made.
         blank = {"init": None} if whole and kwargs.get("init") != "fixup" else {}
