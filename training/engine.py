@@ -140,7 +140,6 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
     if world.device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
         torch.backends.cudnn.benchmark = True
-    given = {**saved_arguments(recipe.init_from), **recipe.model_args}
     args = dict(recipe.model_args)
     wanted_classes = args.pop("num_classes", None)
     if recipe.init_from is not None:
@@ -178,6 +177,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
         model = convert_sync_batchnorm(model)
     model.to(world.device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
     optimizer = build_optimizer(model, recipe)
+    arguments = {**saved_arguments(recipe.init_from), **recipe.model_args}
     return Trainer(
         recipe=recipe,
         output=output,
@@ -191,7 +191,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
         scaler=torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "float16"),
         progress=Progress(),
         parameters=parameters,
-        arguments={key: value for key, value in given.items() if key not in ("seed", "num_classes", "in_chans")},
+        arguments={key: value for key, value in arguments.items() if key not in ("seed", "num_classes", "in_chans")},
     )
 
 

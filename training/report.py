@@ -67,7 +67,7 @@ def verdicts() -> str:
         records = current(study, read_json(results_file(name))["runs"])
         for claim in study.claims:
             whose = " (not the paper's)" if claim.ours else ""
-            told = _verdict(study, records, claim).partition(":")[0]
+            told = _verdict(study, records, claim).partition(":")[0].replace(" (*)", "")
             rows.append(f"| {claim.text}{whose} | `{name}` | {told} |")
     return "\n".join(rows)
 

@@ -182,12 +182,13 @@ def main() -> int:
     args = parser.parse_args()
     for run in args.add:
         add(run, args.sweep)
-    stale = [path for path, text in pages().items() if path.read_text(encoding="utf-8") != text]
+    wanted = pages()
+    stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
     if args.check and stale:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
         raise UserError(f"stale: {names}; run python -m training.tables")
     for path in stale:
-        write_atomically(path, pages()[path].encode())
+        write_atomically(path, wanted[path].encode())
         print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
     return 0
 
