@@ -112,14 +112,14 @@ def load_set(
     side = size or view.input_size[1]
     _check_memory(len(reader.samples), channels * side * side, psutil.virtual_memory().available, source)
     part = {"training": training, "split": split, "root": root}
-    if reader.dataset is not None and reader.root is None:  # no files of ours to name a cache file by
-        result = _decode(reader, transform, channels, (channels, side, side), progress)
-        return replace(result, unreadable=[*result.unreadable, *reader.skipped])
-    key = _cache_key(reader, {**part, "size": size, **asdict(view), "mean": None, "std": None})
-    result = _read_cache(key)
+    key = None  # a timm data set from elsewhere has no files of ours to name a cache file by
+    if reader.dataset is None or reader.root is not None:
+        key = _cache_key(reader, {**part, "size": size, **asdict(view), "mean": None, "std": None})
+    result = _read_cache(key) if key else None
     if result is None:
         result = _decode(reader, transform, channels, (channels, side, side), progress)
-        _write_cache(key, result)
+        if key:
+            _write_cache(key, result)
     return replace(result, unreadable=[*result.unreadable, *reader.skipped])
 
 
