@@ -22,7 +22,9 @@ from risotto_zoo.checkpoints import WEIGHTS, model_config, save_model
 from risotto_zoo.cli import main as cli
 from risotto_zoo.errors import UserError
 from risotto_zoo.files import sha256
-from training import cards, publish, release, train
+from training import cards, engine, publish, release, train
+from training.distributed import World
+from training.recipe import Recipe
 
 NAME = "risotto_resnet20.digits"
 REPO = f"somebody/{NAME}"
@@ -738,6 +740,25 @@ def test_releasing_again_counts_the_version_only_for_new_weights(run, tmp_path):
     assert all(value.dtype == torch.float16 for value in stored.values())
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert model.conv1.weight.dtype == torch.float32
+
+
+def test_fine_tuning_is_shown_only_of_these_very_weights(run, tmp_path, command):
+    """A release that is made again with new weights does not show what its earlier weights were fine-tuned to."""
+    toy = {"source": "digits", "image_size": 8, "train_images": 300}
+    common = {"model": "risotto_resnet20", "epochs": 1, "data": toy, "model_args": {"in_chans": 1}}
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(run, elsewhere)
+    for name, start in {"tuned": run, "other": elsewhere, "scratch": None}.items():
+        init_from = {} if start is None else {"init_from": f"local-dir:{start}"}
+        engine.train(Recipe.model_validate({**common, **init_from}), tmp_path / name, World(0, 1, torch.device("cpu")))
+    args = [run, "--tag", "digits", "--output", tmp_path / "out", "--finetune"]
+    assert command(release.main, *args, tmp_path / "tuned", tmp_path / "scratch").code == 0
+    assert "| digits at 8 px | 300, 1 |" in (tmp_path / "out" / "README.md").read_text()
+    wrong = one_line(command(release.main, *args, tmp_path / "other", tmp_path / "scratch"))
+    assert f"began from local-dir:{elsewhere}, not from the weights of {run}" in wrong
+    assert "first, then the one from scratch" in one_line(
+        command(release.main, *args, tmp_path / "scratch", tmp_path / "tuned")
+    )
 
 
 def test_a_failing_release_leaves_the_one_before(run, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from risotto_zoo.evaluation import evaluate
 from risotto_zoo.files import sha256, write_atomically
 from risotto_zoo.hub import PACKAGE
 from risotto_zoo.isometry import probed_singular_values, signal_map
-from risotto_zoo.models import create_model
+from risotto_zoo.models import create_model, parse_name
 
 from .cards import CARDS, DATASETS, card, finetune_figure, read_json, write_pages
 from .data import View
@@ -112,7 +112,7 @@ def release(
             for path in baselines
         ],
         "isometry": _isometry(config, recipe),
-        "finetunes": [_finetune(*pair) for pair in finetunes or []],
+        "finetunes": [_finetune(*pair, run, None if changed else name) for pair in finetunes or []],
     }
     if finetunes is None and not changed:
         results["finetunes"] = before.get("finetunes", [])
@@ -204,17 +204,21 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _finetune(tuned: Path, scratch: Path) -> dict[str, Any]:
-    """What a run from these weights reached on other data, and one from scratch."""
+def _finetune(tuned: Path, scratch: Path, run: Path, name: str | None) -> dict[str, Any]:
+    """What a run reached on other data from the weights of `run`, which bear `name` already, and one from scratch."""
     sides = {}
-    for side, run in (("tuned", tuned), ("scratch", scratch)):
-        results, _ = _finished(run)
-        recipe = load_recipe(str(run / "recipe.yaml"))
+    for side, folder in (("tuned", tuned), ("scratch", scratch)):
+        results, _ = _finished(folder)
+        recipe = load_recipe(str(folder / "recipe.yaml"))
         if (side == "tuned") != (recipe.init_from is not None):
-            raise UserError(f"{run}: name the run that was fine-tuned first, then the one from scratch")
+            raise UserError(f"{folder}: name the run that was fine-tuned first, then the one from scratch")
+        if recipe.init_from is not None:
+            source, place = parse_name(recipe.init_from)
+            if recipe.init_from != name and (source != "local-dir" or Path(place).resolve() != run.resolve()):
+                raise UserError(f"{tuned} began from {recipe.init_from}, not from the weights of {run}")
         sides[side] = {
-            **_baseline(run, results),
-            "by_epoch": [row["val_top1"] for row in read_metrics(run)],
+            **_baseline(folder, results),
+            "by_epoch": [row["val_top1"] for row in read_metrics(folder)],
             "data": results["data"],
         }
         sides[side] |= {"train_images": results["train_images"], "size": recipe.data.image_size}
