@@ -241,7 +241,8 @@ def test_a_verdict_says_that_the_other_side_may_do_better_outside_of_what_was_tr
 
 
 def test_the_width_of_a_range_counts_values_near_an_arms_own_best():
-    study = grid.load_study("learning_rate_robustness_small")
+    shipped = grid.load_study("learning_rate_robustness_small")
+    study = shipped.model_copy(update={"vary": shipped.vary.model_copy(update={"values": [0.001, 0.003, 0.01, 0.03]})})
     accuracy = {"RISOTTO": (0.55, 0.58, 0.56, 0.3), "Fixup": (0.2, 0.3, 0.2, 0.1)}
     records = {
         f"{arm}{seed}{x}": {"arm": arm, "x": x, "seed": seed, "top1": value, "tuning": False, "diverged": False}
