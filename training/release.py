@@ -215,7 +215,10 @@ def _finetune(tuned: Path, scratch: Path, run: Path, name: str | None) -> dict[s
         if recipe.init_from is not None:
             source, place = parse_name(recipe.init_from)
             if recipe.init_from != name and (source != "local-dir" or Path(place).resolve() != run.resolve()):
-                raise UserError(f"{tuned} began from {recipe.init_from}, not from the weights of {run}")
+                raise UserError(
+                    f"{tuned} began from {recipe.init_from}, not from the weights of {run}; fine-tune again with "
+                    f"--init-from local-dir:{run}"
+                )
         sides[side] = {
             **_baseline(folder, results),
             "by_epoch": [row["val_top1"] for row in read_metrics(folder)],
