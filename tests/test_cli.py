@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -68,11 +69,12 @@ def test_wrong_arguments_are_one_line(arguments, words, command):
 
 
 @pytest.mark.parametrize("module", ["risotto_zoo.cli", "training.train", "training.evaluate", "training.benchmark"])
-def test_help(module):
-    result = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert "usage:" in result.stdout
+def test_help(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(module, run_name="__main__")
+    assert not stop.value.code and "usage:" in capsys.readouterr().out
 
 
 def test_importing_registers_and_pulls_in_no_trainer():
