@@ -9,14 +9,13 @@ import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UserError, did_you_mean, exits_cleanly
 from .hub import MANIFEST
-from .images import UnreadableImage, read_image
+from .images import UnreadableImage, read_image, readable_suffixes
 from .initializers import SCHEMES
 from .isometry import BlockSignal, probed_singular_values, signal_by_block, signal_map, singular_values
 from .loading import load, predict
@@ -116,7 +115,7 @@ def _image_files(path: Path) -> list[Path]:
     """A file itself, or the files in a folder whose names say that they are images."""
     if not os.path.isdir(path):  # unlike Path.is_dir, at ease with names that are too long
         return [path]
-    known = Image.registered_extensions()
+    known = readable_suffixes()
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and not file.is_dir())
     if not files:
         raise UserError(f"{path} holds no images (files named .jpg, .png, ...)")

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something the user can mend. The message stands alone: what is wrong, where, and what to do."""
 
 
+class HubError(UserError, OSError):
+    """What the Hub, or the way to it, refuses; an OSError as the errors of its client are, for those who catch them."""
+
+
 def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
     """`; did you mean 'a' or 'b'?` with the nearest of the known words, or an empty string if none is near."""
     near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)

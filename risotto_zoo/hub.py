@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from torch import Tensor
 
 from .checkpoints import WEIGHTS, read_tensors, read_verified
-from .errors import UserError
+from .errors import HubError, UserError
 
 DEFAULT_ORGANIZATION = "risotto-zoo"
 ORGANIZATION = os.environ.get("RISOTTO_ZOO_ORG", DEFAULT_ORGANIZATION)
@@ -45,7 +45,9 @@ def _manifest() -> dict[str, dict[str, Any]]:
 
 MANIFEST = _manifest()
 
-_HEAD_SECONDS = 2.5  # for the Hub to say what a file is
+# For the Hub to say what a file is; what HF_HUB_ETAG_TIMEOUT says, if anything, goes.
+_OWN_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT
+_HEAD_SECONDS = constants.HF_HUB_ETAG_TIMEOUT if _OWN_TIMEOUT else 2.5
 _PAUSES = (0.5, 1.5)  # before asking once more
 _PATIENCE = 4.0  # seconds after which nothing is asked once more: who has no network should hear it soon
 _BUSY = (429, 500, 502, 503, 504)
@@ -117,15 +119,15 @@ def fetch(
         unnamed: Take a file for which nobody states a hash, too (a cache without symbolic links, a mirror).
 
     Raises:
-        UserError: If the file cannot be had, or is not the one that the Hub (or `digest`) states.
+        HubError: If the file cannot be had, or is not the one that the Hub (or `digest`) states.
     """
     what = f"{repo_id}/{filename}" + (f"@{revision}" if revision else "")
     try:
         cached = huggingface_hub.try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
     except HFValidationError as error:
-        raise UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}") from None
+        raise HubError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}") from None
     cached = Path(cached) if isinstance(cached, str) else None
-    if digest is not None and cached is not None and cached.resolve().name == digest:
+    if digest is not None and cached is not None and _blob(cached).name == digest:
         try:
             return read_verified(cached, digest)
         except UserError:
@@ -140,7 +142,7 @@ def fetch(
                 raise explained(error, what, repo_id, _by_hand(repo_id, revision)) from None
             return read_verified(cached, digest or _known_hash(cached, what, unnamed))
         if digest is not None and known.etag != digest:
-            raise UserError(f"{what} is not the file this version of risotto-zoo knows; install the newest risotto-zoo")
+            raise HubError(f"{what} is not the file this version of risotto-zoo knows; install the newest risotto-zoo")
         path = _download(repo_id, filename, revision, cache_dir, what)
         stated = known.etag if _is_hash(known.etag) else _known_hash(path, what, unnamed)
         try:
@@ -149,7 +151,7 @@ def fetch(
             _forget(path)
             cached = None
             if attempt == 2:
-                raise UserError(f"{what} did not arrive as the Hub describes it; nothing was kept ({error})") from None
+                raise HubError(f"{what} did not arrive as the Hub describes it; nothing was kept ({error})") from None
     raise AssertionError
 
 
@@ -194,40 +196,42 @@ def explained(error: Exception, what: str, repo_id: str, instead: str = "") -> E
     status = _status(error)
     place = constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
-        return UserError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it{instead}")
+        return HubError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it{instead}")
     if isinstance(error, GatedRepoError):
-        return UserError(f"{what} is gated: ask for access at {place}/{repo_id}, then log in with `hf auth login`")
+        return HubError(f"{what} is gated: ask for access at {place}/{repo_id}, then log in with `hf auth login`")
     if isinstance(error, RevisionNotFoundError):
-        return UserError(f"{what}: the repository has no such revision; see {place}/{repo_id}/tree/main")
+        return HubError(f"{what}: the repository has no such revision; see {place}/{repo_id}/tree/main")
     if isinstance(error, RepositoryNotFoundError) or status == 401:
-        return UserError(
+        return HubError(
             f"{what}: there is no such repository at {place}, or the token is missing, wrong or does not open it; "
             "check the name, and log in with `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-        return UserError(f"{what}: the repository has no such file; only safetensors are read, no other format")
+        return HubError(f"{what}: the repository has no such file; only safetensors are read, no other format")
     if status == 403:
-        return UserError(f"{what}: the token is not allowed to do this; make one with the right to at {place}/settings")
+        return HubError(f"{what}: the token is not allowed to do this; make one with the right to at {place}/settings")
     if status == 429:
-        return UserError(f"{what}: the Hub asks to slow down (429); try again in a few minutes")
+        return HubError(f"{what}: the Hub asks to slow down (429); try again in a few minutes")
     if status is not None and status >= 500:
-        return UserError(f"{what}: the Hub is out of order ({status}); try again later")
+        return HubError(f"{what}: the Hub is out of order ({status}); try again later")
     if status is not None:
-        return UserError(f"{what}: the Hub refused ({status}): {str(error).strip().splitlines()[0]}")
+        return HubError(f"{what}: the Hub refused ({status}): {str(error).strip().splitlines()[0]}")
     if isinstance(error, UnicodeEncodeError):
-        return UserError(f"{what}: the token holds characters that no token has; log in with `hf auth login` again")
+        return HubError(f"{what}: the token holds characters that no token has; log in with `hf auth login` again")
     if isinstance(error, HFValidationError):
-        return UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}")
+        return HubError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}")
     if isinstance(error, OSError) and error.errno is not None and not _may_pass(error):
         mend = "make room" if error.errno == errno.ENOSPC else "see who may write there, or set HF_HOME"
-        return UserError(f"{what} cannot be stored: {error.strerror} ({error.filename or 'the cache'}); {mend}")
+        return HubError(f"{what} cannot be stored: {error.strerror} ({error.filename or 'the cache'}); {mend}")
     if "onsistency check" in str(error):
-        return UserError(f"{what}: the download was cut short, again and again; nothing was kept. Try again later")
+        return HubError(f"{what}: the download was cut short, again and again; nothing was kept. Try again later")
     if _may_pass(error):
-        return UserError(f"{what}: the Hub at {place} cannot be reached; try again{instead}")
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+        reason = f" ({str(cause).splitlines()[0]})" if cause is not None and str(cause) else ""
+        return HubError(f"{what}: the Hub at {place} cannot be reached{reason}; try again{instead}")
     if _is_xet(error):
         reason = str(error).split("\n")[0] or type(error).__name__
-        return UserError(
+        return HubError(
             f"{what}: the Hub's storage refused ({reason}); try again, or set HF_HUB_DISABLE_XET=1{instead}"
         )
     return error
@@ -266,21 +270,26 @@ def _is_hash(etag: str | None) -> bool:
     return etag is not None and len(etag) in (40, 64) and set(etag) <= set("0123456789abcdef")
 
 
+def _blob(path: Path) -> Path:
+    """What a file of a snapshot links to: blobs/HASH, itself a link where repositories share their storage (Xet)."""
+    return path.parent / os.readlink(path) if path.is_symlink() else path
+
+
 def _known_hash(cached: Path, what: str, unnamed: bool) -> str | None:
     """The hash that the cache keeps a file by.
 
     Raises:
-        UserError: If there is none (a cache without symbolic links, a server that states no hash), unless it may be.
+        HubError: If there is none (a cache without symbolic links, a server that states no hash), unless it may be.
     """
-    digest = cached.resolve().name
+    digest = _blob(cached).name
     if not _is_hash(digest):
         if unnamed:
             return None
-        raise UserError(f"{what}: nobody says what its hash should be, so it cannot be verified; load it as local-dir:")
+        raise HubError(f"{what}: nobody says what its hash should be, so it cannot be verified; load it as local-dir:")
     return digest
 
 
 def _forget(path: Path) -> None:
     """Take a damaged file out of the Hub's cache, so that nobody takes it for good."""
-    for part in (path.resolve(), path):
+    for part in (path.resolve(), _blob(path), path):
         part.unlink(missing_ok=True)

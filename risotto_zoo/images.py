@@ -35,8 +35,13 @@ def read_image(path: str | Path, channels: int = 3) -> Image.Image:
         raise UnreadableImage(reason) from None
 
 
+def readable_suffixes() -> set[str]:
+    """The suffixes, such as '.png', of the kinds that Pillow opens; some it can only save."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Convert to RGB or L; 16-bit grey keeps its upper byte, where Pillow would clip it to white.
+    """Convert to RGB or L; 16-bit grey is scaled to 8 bits, where Pillow would clip it to white.
 
     Floating grey values are taken for shares of white if none is above 1.
     """

@@ -97,6 +97,7 @@ STREAMED = ["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}"]
         ([*STREAMED, "data.loader={auto_augment: foo}"], "data.loader"),
         ([*STREAMED, "data.loader={batch_size: 3}"], "takes no such argument"),
         (["optimizer={name: adamw, options: {betas: [0.9]}}"], "optimizer adamw"),
+        (["optimizer={name: muon, options: {adjust_lr_fn: orignal}}"], "orignal"),
     ],
 )
 def test_settings_that_do_not_fit_the_data_or_the_zoo(more, words, folder, command, tmp_path):

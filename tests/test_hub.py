@@ -499,6 +499,29 @@ def test_offline_mode_takes_what_is_cached_and_names_what_is_not(published, hub,
         close()
 
 
+def test_a_cache_that_shares_its_storage_is_verified_by_the_file_and_mended(published, hub, monkeypatch):
+    """Where Xet is in use, blobs/SHA256 links on to a file that bears another hash."""
+    good = logits(risotto_zoo.load(f"hf-hub:{REPO}").model)
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    blob = cache / f"models--{REPO.replace('/', '--')}" / "blobs" / sha256(published[WEIGHTS])
+    shared = cache / "blobs" / "ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    hub.fail(".*", 503, times=None)
+    assert torch.equal(logits(risotto_zoo.load(f"hf-hub:{REPO}").model), good)
+    shared.write_bytes(shared.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="damaged or was changed"):
+        risotto_zoo.load(f"hf-hub:{REPO}")
+    hub.faults.clear()
+    assert torch.equal(logits(risotto_zoo.load(f"hf-hub:{REPO}").model), good)
+
+
+def test_what_the_hub_refuses_is_an_os_error_as_it_is_to_the_hubs_own_client(hub):
+    with pytest.raises(OSError, match="there is no such repository"):
+        timm.create_model("hf-hub:somebody/else", pretrained=True)
+
+
 def test_other_peoples_configurations_load_from_a_cache_without_hashes(monkeypatch):
     model, commit = timm.create_model("resnet18", num_classes=2), "0" * 40
     config = model_config(model, [*"ab"], timm.data.resolve_data_config(model=model), {})

@@ -200,6 +200,9 @@ def test_options_of_timm_that_stay_exact(options):
         (lambda: timm.create_model("resnet50_gn"), "bn1", "GroupNorm"),
         (lambda: timm.create_model("resnet18", act_layer="silu"), "act1", "SiLU"),
         (lambda: timm.create_model("resnet18", channels=(63, 128, 256, 512)), "layer1.0", "even"),
+        (lambda: timm.create_model("resnet18", channels=(32, 64, 128, 256)), "layer1.0.downsample.0", "64 to 32"),
+        (lambda: timm.create_model("resnet18", stem_type="deep", stem_width=64), "layer1.0.downsample.0", "128 to 64"),
+        (lambda: timm.create_model("hrnet_w18_small"), "conv2", "outside stem, blocks and 'fc'"),
         (lambda: timm.create_model("mobilenetv3_small_050"), "MobileNetV3", "not a ResNet"),
         (lambda: timm.create_model("vit_tiny_patch16_224"), "VisionTransformer", "not a ResNet"),
         (lambda: timm.create_model("resnetv2_50"), "ResNetV2", "not a ResNet"),
@@ -222,6 +225,15 @@ def test_what_fixup_leaves_in_its_scalars_is_zeroed_by_the_others():
     risotto_(model, generator=torch.Generator().manual_seed(0))
     values = singular_values(signal_map(model), torch.randn(3, 16, 16, dtype=torch.float64))
     torch.testing.assert_close(values[values > 0], torch.ones_like(values[values > 0]), atol=1e-10, rtol=0)
+
+
+def test_a_signal_that_fills_its_channels_may_narrow():
+    options = {"stem": "cifar", "skip": "projection", "in_chans": 16, "num_classes": 2, "seed": 0}
+    model = RisottoResNet(BasicBlock, (1, 1), (16, 8), dtype=torch.float64, **options)
+    values = singular_values(signal_map(model.eval()), torch.randn(16, 4, 4, dtype=torch.float64))
+    torch.testing.assert_close(values[: 4 * 4], torch.ones(4 * 4, dtype=torch.float64), atol=1e-10, rtol=0)
+    with pytest.raises(ValueError, match=r"layer2\.0\.downsample\.0: from 16 to 8 channels"):
+        RisottoResNet(BasicBlock, (1, 1), (16, 8), **{**options, "in_chans": 3})
 
 
 def test_impossible_alphas_and_generators_are_refused():

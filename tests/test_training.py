@@ -1,6 +1,7 @@
 """Training end to end: what a run leaves, that it is reproducible, and that nothing interrupts it for good."""
 
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -296,6 +297,18 @@ def test_a_device_out_of_memory_is_one_line(command, tmp_path, monkeypatch):
     assert result.code == 2 and "smaller batch_size" in result.err and "Traceback" not in result.err
 
 
+def test_a_machine_that_cannot_compile_is_told_in_one_line(finished, command, tmp_path, monkeypatch):
+    def backend(*_):
+        raise RuntimeError("there is no compiler here")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    options = ["--recipe", "digits", *TINY, "--set", "compile=true", "--output", tmp_path / "run", "--device", "cpu"]
+    for main, arguments in ((train.main, options), (evaluate.main, [f"local-dir:{finished}", "--compile"])):
+        result = command(main, *arguments)
+        assert result.code == 2 and "there is no compiler here" in result.err and "Traceback" not in result.err
+        assert result.err.count("error: ") == 1
+
+
 def test_a_full_disk_keeps_the_previous_state(command, tmp_path, monkeypatch):
     """Writing a state fails half-way through: what was there before is whole, and the run can go on from it."""
     from training import engine, state
@@ -336,7 +349,11 @@ def test_what_a_run_stopped_before_its_last_row_lacks_is_made_up_for(command, tm
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(engine.run_folder, "write_metrics", killed)
         command(train.main, *options)
+    recipe = tmp_path / "run" / "recipe.yaml"
+    begun = recipe.read_text().replace("# torch ", "# torch 0.")
+    recipe.write_text(begun)
     assert command(train.main, *options).code == 0
+    assert recipe.read_text() == begun  # with the versions that it was begun with
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
     assert [float(row["epoch"]) for row in rows] == [1] and (tmp_path / "run" / "curves.png").is_file()
 
@@ -549,6 +566,18 @@ def test_two_processes_train_what_one_trains(command, tmp_path):
     results = [json.loads((tmp_path / name / "results.json").read_text())["raw"] for name in ("one", "two")]
     assert results[0]["images"] == results[1]["images"] == 360
     assert results[0]["top1"] == pytest.approx(results[1]["top1"], abs=1 / 360)
+
+
+def test_running_statistics_are_those_of_all_processes(command, tmp_path):
+    options = [*FIFTY_STEPS, "--set", "model=risotto_resnet20_bn", "--set", "epochs=1"]
+    options += ["--set", "warmup_epochs=0", "--set", "optimizer.lr=1e-12"]
+    assert command(train.main, *options, "--output", tmp_path / "one").code == 0
+    two = torchrun(*options, "--output", tmp_path / "two", port=29514)
+    _, err = two.communicate(timeout=300)
+    assert two.returncode == 0, err
+    # The stem's: behind it each process normalizes by its own part of the batch.
+    first, second = (weights(tmp_path / name)["bn1.running_mean"] for name in ("one", "two"))
+    torch.testing.assert_close(second, first, atol=1e-5, rtol=0)
 
 
 def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):

@@ -56,7 +56,7 @@ DATASETS = {
         "title": "scikit-learn's scanned digits",
         "hub": None,
         "split": "test",
-        "caveat": "1,797 scans of 8 x 8 pixels; every fifth is held out. A toy: use it to try the tools.",
+        "caveat": "1,797 scans of 8 x 8 pixels; a random fifth of each class is held out. A toy to try the tools with.",
     },
 }
 LICENSE = "apache-2.0"

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from risotto_zoo.errors import UserError
-from risotto_zoo.images import UnreadableImage, read_image, to_mode
+from risotto_zoo.images import UnreadableImage, read_image, readable_suffixes, to_mode
 
 VALIDATION_FOLDERS = ("val", "validation", "test")
 STREAM = "stream it: data.pipeline=streaming in training, --stream in evaluation"
@@ -175,7 +175,7 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
 
 def _other_kinds(folder: Path) -> tuple[str, ...]:
     """Images in a folder that timm's reader passes over by their suffix, so that nobody misses them unawares."""
-    kinds = set(Image.registered_extensions()) - timm.data.get_img_extensions(as_set=True)
+    kinds = readable_suffixes() - timm.data.get_img_extensions(as_set=True)
     found = [
         os.path.join(place, name)
         for place, _, names in os.walk(folder, followlinks=True)

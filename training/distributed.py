@@ -1,6 +1,8 @@
 """The little that training needs to know of other processes. Started by torchrun, or alone."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -90,6 +92,27 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # what asks for the current device means this one
     except (RuntimeError, AssertionError):
         raise UserError(f"device {name!r} is not available on this machine; --device cpu always is") from None
     return device
+
+
+@contextmanager
+def compiling(wanted: bool) -> Iterator[None]:
+    """A compiler that is missing or fails, in one line; torch looks for it when a compiled net first runs.
+
+    Raises:
+        UserError: If it is so.
+    """
+    if not wanted:
+        yield
+        return
+    from torch._dynamo.exc import BackendCompilerFailed  # a second that others need not spend
+
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"compile: this machine cannot compile the model ({reason}); run it without") from None

@@ -28,7 +28,7 @@ from . import run_folder
 from .augment import stream
 from .console import EpochBar, epoch_line, say, summary
 from .data import View
-from .distributed import World
+from .distributed import World, compiling
 from .optimization import build_optimizer, build_scheduler, folded_state, freeze, standardize
 from .pipelines import Pipeline, build_pipeline
 from .recipe import Recipe
@@ -96,7 +96,7 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         Diverged: On a non-finite loss; the last good state is kept.
         Stopped: After SIGTERM or Ctrl-C, the state saved.
     """
-    with _StopSignals() as stop, _enough_memory(), ExitStack() as held:
+    with _StopSignals() as stop, _enough_memory(), compiling(recipe.compile), ExitStack() as held:
         if world.main:
             run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
             held.enter_context(run_folder.locked(output))
@@ -138,6 +138,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
     """Data, model and optimizer of a recipe, before the first step."""
     torch.manual_seed(recipe.seed)
     if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = recipe.tf32
         torch.backends.cudnn.benchmark = True
     args = dict(recipe.model_args)
@@ -227,6 +228,9 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
         module = torch.compile(module)
     if world.size > 1:
         module = DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
+        # Running statistics are each process's own: the first one's would replace all others' at every step. The
+        # constructor's argument of this name would also keep the nets from starting alike.
+        module.broadcast_buffers = False
     if world.main:
         say(
             f"{trainer.name}, {trainer.parameters / 1e6:.2f} M parameters, "
@@ -285,16 +289,17 @@ def _train_epoch(trainer: Trainer, module: nn.Module, stop: "_StopSignals") -> N
             sums += torch.stack([torch.full_like(loss, len(images)), loss * len(images), correct])
             progress.step += 1
             progress.images += len(images) * world.size
-            bar.advance(sums, progress.images / max(progress.seconds, 1e-9), recipe.batch_size)
-            now = time.perf_counter()
-            progress.seconds += now - before
-            if progress.step % recipe.log_every == 0:
+            stopping = due = 0
+            if world.size == 1 or progress.step % AGREE_STEPS == 0:
+                stopping = world.largest(stop.number)
+                due = world.largest(int(time.perf_counter() - last_save > recipe.save_minutes * 60))
+            if stopping or due or progress.step % recipe.log_every == 0:
                 _check_finite(trainer, bad_step)
-            if progress.step % AGREE_STEPS and world.size > 1:
-                continue
-            stopping = world.largest(stop.number)
-            if stopping or world.largest(int(now - last_save > recipe.save_minutes * 60)):
-                _check_finite(trainer, bad_step)
+            seconds = progress.seconds + time.perf_counter() - before
+            bar.advance(sums, progress.images / seconds, recipe.batch_size)
+            # Saving does not count; all that waits for the device does.
+            progress.seconds += time.perf_counter() - before
+            if stopping or due:
                 progress.sums = world.sum(sums.clone()).tolist()
                 _save(trainer)
                 last_save = time.perf_counter()
@@ -501,6 +506,7 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -
 
 
 def _peak_memory() -> int:
+    """Of this process, whatever else it did before this run."""
     try:
         import resource
     except ImportError:  # Windows

@@ -39,7 +39,7 @@ from risotto_zoo.models import create_model
 
 from .corruptions import CORRUPTIONS, STRENGTHS
 from .data import ImageSet, View, load_set
-from .distributed import World, choose_device
+from .distributed import World, choose_device, compiling
 from .export import SUFFIXES, load_exported
 from .pipelines import EVAL_BATCH, eval_batch, open_dataset, streamed_batches, validation_batches, validation_set
 from .recipe import Data, load_recipe
@@ -174,7 +174,8 @@ def run(net: Net, images: ImageSet | Streamed, view: View, device: torch.device,
     batch = args.batch_size or eval_batch(view)
     while True:
         try:
-            outcomes = observe(net, _batches(images, view, device, batch, args.workers), amp)
+            with compiling(args.compile):
+                outcomes = observe(net, _batches(images, view, device, batch, args.workers), amp)
         except torch.OutOfMemoryError:
             if batch == 1 or args.batch_size:
                 raise UserError(f"{batch} images of {view.input_size[1]} px do not fit into the device") from None

@@ -19,8 +19,9 @@ from .recipe import Recipe
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer on four kinds of parameters: kernels, stem and head, one-dimensional ones, alphas.
 
-    Muon orthogonalizes the updates of the kernels and leaves the other three kinds to its AdamW; weight decay never
-    touches the last two. With `layer_decay` the kinds give way to timm's layer-wise groups.
+    Muon orthogonalizes the updates of the kernels and leaves the other three kinds to its AdamW, with Nesterov momentum
+    (NAdamW) as Muon itself has it here; weight decay never touches the last two. With `layer_decay` the kinds give way
+    to timm's layer-wise groups.
 
     Raises:
         UserError: If the optimizer refuses an option.
@@ -31,12 +32,25 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if settings.name == "muon":
         options.setdefault("nesterov", True)
         _orthogonalize_in(next(model.parameters()).device)
+    shared = {"opt": settings.name, "lr": settings.lr, "weight_decay": 0.0, "momentum": settings.momentum, **options}
     try:
-        return create_optimizer_v2(
-            groups, opt=settings.name, lr=settings.lr, weight_decay=0.0, momentum=settings.momentum, **options
-        )
+        _take_a_step(create_optimizer_v2(_samples(groups), **shared))
+        return create_optimizer_v2(groups, **shared)
     except Exception as error:  # a hundred optimizers, each refusing in its own way
         raise UserError(f"optimizer {settings.name}: {str(error) or type(error).__name__}") from None
+
+
+def _samples(groups: list[dict]) -> list[dict]:
+    """The groups with a copy of their first parameter alone."""
+    return [{**group, "params": [group["params"][0].detach().clone().requires_grad_()]} for group in groups]
+
+
+def _take_a_step(optimizer: torch.optim.Optimizer) -> None:
+    """Some options are looked at only now."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
 
 
 def _orthogonalize_in(device: torch.device) -> None:

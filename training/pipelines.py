@@ -188,17 +188,22 @@ class Streaming:
         loader = self._training_loader(part)
         mixes = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
         batches = itertools.chain.from_iterable(itertools.repeat(loader))  # again, should a reader run short
+        largest = torch.full((1,), -1, device=world.device)
         for step in range(self.steps_per_epoch):
             # Order, workers' seeds and, without workers, transforms draw from the global generators: as functions of
             # the step they repeat the epoch's stream on resuming, which runs through the batches before `start`.
             timm.utils.random_seed(stream(recipe.seed, "loader", epoch, step, world.rank).initial_seed() % 2**32)
             images, targets = next(batches)
+            if epoch == 0:  # one epoch sees every label
+                largest = torch.maximum(largest, targets.max().to(world.device))
+                # It waits for the device, as the trainer has just done at these steps.
+                if step % recipe.log_every == 0 or step + 1 == self.steps_per_epoch:
+                    _check_labels(largest, len(self.classes))
             if step < start:
                 continue
-            if epoch == 0:  # it waits for the device, and one epoch sees every label
-                _check_labels(targets, len(self.classes))
             images = images.to(world.device, non_blocking=True)
-            targets = F.one_hot(targets.to(world.device), len(self.classes)).float()
+            targets = targets.to(world.device).clamp(max=len(self.classes) - 1)
+            targets = F.one_hot(targets, len(self.classes)).float()
             if mixes:
                 draws = draw(len(images), recipe.augment, stream(recipe.seed, "augment", epoch, step, world.rank))
                 draws = draws.to(world.device)

@@ -90,7 +90,7 @@ class Optimizer(Section):
     name: str = Field("sgd", description="'sgd' (Nesterov), 'adamw', 'muon', or any other name of timm.optim")
     lr: Rate = Field(0.05, description="learning rate (of the convolution kernels, for muon)")
     other_lr: Rate | None = Field(
-        None, description="learning rate of stem, head, biases and norms; muon updates them by AdamW. lr if null"
+        None, description="learning rate of stem, head, biases and norms; muon updates them by NAdamW. lr if null"
     )
     alpha_lr: Rate | None = Field(None, description="learning rate of the alphas; other_lr if null")
     weight_decay: Amount = Field(0.0, description="on kernels and matrices only, never on one-dimensional parameters")

@@ -96,14 +96,18 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Put the recipe into a checked folder; with `overwrite`, remove the files of the run before it, and only those."""
+    """Put recipe and versions into a checked folder that has none yet.
+
+    With `overwrite`, remove the files of the run before it, and only those.
+    """
     if overwrite:
         for name in ("state", "tensorboard"):
             for path in (folder / name).glob("*"):
                 path.unlink()
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
-    write_atomically(folder / "recipe.yaml", f"{_versions()}{dump(recipe)}".encode())
+    if not (folder / "recipe.yaml").is_file():
+        write_atomically(folder / "recipe.yaml", f"{_versions()}{dump(recipe)}".encode())
 
 
 def _versions() -> str:

@@ -54,12 +54,16 @@ def schema_table(section: type = Recipe, prefix: str = "") -> str:
 
 
 def speed_table(short: bool) -> str:
-    """Every benchmark; for README.md only what most people ask: the nets at work on a batch, in plain PyTorch."""
-    rows = ["| ours | peer | time of ours / peer's (quartiles) | |", "|---|---|---|---|"]
-    measured_on = set()
+    """Every benchmark, a table for each machine.
+
+    For README.md only what most people ask: the nets at work on a batch, in plain PyTorch.
+    """
+    head = ["| ours | peer | time of ours / peer's (quartiles) | |", "|---|---|---|---|"]
+    tables: dict[str, list[str]] = {}
     for path in sorted((RESULTS / "benchmarks").glob("*.json")):
         found = read_json(path)
-        measured_on.add(f"{found['hardware']}, torch {found['torch']}, timm {found['timm']}")
+        place = f"{found['hardware']}, torch {found['torch']}, timm {found['timm']}"
+        rows = tables.setdefault(place, [])
         for row in found["rows"]:
             detail = row["images"] is not None and (row["images"] == 1 or ", eager" not in row["what"])
             if short and (detail or "waiting" in row["what"]):
@@ -67,7 +71,11 @@ def speed_table(short: bool) -> str:
             low, high = row["spread"]
             ratio = f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f})"
             rows.append(f"| {found['benchmark']}: {row['what']} | {row['peer']} | {ratio} | {absolute(row)} |")
-    return "\n".join([*rows, "", f"Medians of interleaved runs on {'; '.join(sorted(measured_on))}."])
+    return "\n\n".join(
+        "\n".join([*head, *rows, "", f"Medians of interleaved runs on {place}."])
+        for place, rows in sorted(tables.items())
+        if rows
+    )
 
 
 def absolute(row: dict[str, Any]) -> str:
@@ -158,7 +166,7 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """What sweeps change now and then, and how it is in the runs that do not say it."""
     return {
         "batch": (recipe.batch_size, 128),
-        "warmup": (recipe.warmup_epochs, 1.0),
+        "warmup": (recipe.warmup_epochs, 0.3),
         "model_args": (recipe.model_args, {}),
         "weight_decay": (recipe.optimizer.weight_decay, 0.01),
         "weight_standardization": (recipe.weight_standardization, False),

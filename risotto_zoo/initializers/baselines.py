@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .matrices import delta_kernel_, semi_orthogonal
-from .structure import ResNetStructure, check_alpha, resnet_structure
+from .structure import ResNetStructure, check_arguments, resnet_structure
 
 Rng = torch.Generator | None
 
@@ -91,7 +91,7 @@ def rezero_(model: nn.Module, alpha: float | None = None, generator: Rng = None)
     structure = resnet_structure(model)
     _refuse_alpha(alpha, "rezero")
     _he(structure, 0.0, generator)
-    for layer in [*_convs(structure), *([structure.head] if structure.head is not None else [])]:
+    for layer in [*structure.convs, *([structure.head] if structure.head is not None else [])]:
         fan_in = layer.weight[0].numel()
         uniform = 2 * torch.rand(layer.weight.shape, device="cpu", generator=generator) - 1
         layer.weight.copy_(uniform * fan_in**-0.5)
@@ -113,7 +113,7 @@ def orthogonal_delta_(model: nn.Module, alpha: float | None = None, generator: R
     structure = resnet_structure(model)
     _he(structure, 1.0 if alpha is None else alpha, generator)
     before_relu = [*structure.stem, *(conv for block in structure.blocks for conv in block.convs[:-1])]
-    for conv in _convs(structure):
+    for conv in structure.convs:
         gain = 2**0.5 if any(conv is other for other in before_relu) else 1.0
         delta_kernel_(conv, gain * semi_orthogonal(conv.out_channels, conv.in_channels, generator))
     if structure.head is not None:
@@ -123,7 +123,7 @@ def orthogonal_delta_(model: nn.Module, alpha: float | None = None, generator: R
 
 
 def _he(structure: ResNetStructure, alpha: float, generator: Rng) -> None:
-    check_alpha(structure, alpha)
+    check_arguments(structure, alpha, generator)
     for norm in structure.norms:
         norm.reset_parameters()
     for block in structure.blocks:
@@ -131,19 +131,11 @@ def _he(structure: ResNetStructure, alpha: float, generator: Rng) -> None:
             block.gain.fill_(alpha)
         if block.biases is not None:
             block.biases.zero_()
-    for conv in _convs(structure):
+    for conv in structure.convs:
         fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
         _normal_(conv, (2 / fan_out) ** 0.5, generator)
     if structure.head is not None:
         _normal_(structure.head, structure.head.in_features**-0.5, generator)
-
-
-def _convs(structure: ResNetStructure) -> list[nn.Conv2d]:
-    """Every convolution, in the order of the forward pass."""
-    convs = list(structure.stem)
-    for block in structure.blocks:
-        convs += block.convs + ([block.skip] if block.skip is not None else [])
-    return convs
 
 
 def _normal_(layer: nn.Conv2d | nn.Linear, std: float, generator: Rng) -> None:

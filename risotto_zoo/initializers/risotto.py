@@ -16,7 +16,7 @@ from .matrices import (
     signed_permutation,
     signed_selection,
 )
-from .structure import Block, check_alpha, resnet_structure
+from .structure import Block, ResNetStructure, check_arguments, resnet_structure
 
 Rng = torch.Generator | None
 
@@ -131,13 +131,10 @@ def risotto_(model: nn.Module, alpha: float | None = None, generator: torch.Gene
     """
     structure = resnet_structure(model)
     alpha = 1.0 if alpha is None else alpha
-    if generator is not None and generator.device.type != "cpu":
-        raise ValueError(
-            f"the generator is on {generator.device}; only a CPU generator gives the same weights anywhere"
-        )
-    check_alpha(structure, alpha)
+    check_arguments(structure, alpha, generator)
     for block in structure.blocks:
         _check_block(block, alpha)
+    _check_widths(model, structure)
     features = structure.blocks[-1].convs[-1].out_channels
     if structure.head is not None and structure.head.in_features % features:
         raise ValueError(f"fc: {structure.head.in_features} inputs are no multiple of the {features} feature channels")
@@ -162,6 +159,23 @@ def risotto_head_(head: nn.Linear, features: int, generator: torch.Generator | N
     head.weight.copy_(head_matrix(head.out_features, head.in_features, pools, generator))
     if head.bias is not None:
         head.bias.zero_()
+
+
+def _check_widths(model: nn.Module, structure: ResNetStructure) -> None:
+    """Refuse a layer that narrows a signal which does not fill its channels: it would drop a part of it.
+
+    The signal fills the channels of the stem's first layer where there are at most as many as the image has, and stays
+    so until a layer widens.
+    """
+    first, *others = structure.stem
+    fills = first.out_channels // 2 <= first.in_channels
+    for layer in [*others, *(block.skip for block in structure.blocks if block.skip is not None)]:
+        if layer.out_channels < layer.in_channels and not fills:
+            name = next(name for name, module in model.named_modules() if module is layer)
+            raise ValueError(
+                f"{name}: from {layer.in_channels} to {layer.out_channels} channels a part of the signal is lost"
+            )
+        fills = fills and layer.out_channels <= layer.in_channels
 
 
 def _check_block(block: Block, alpha: float) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
@@ -35,6 +36,14 @@ class ResNetStructure:
     head: nn.Linear | None
     norms: list[nn.Module]  # every batch normalization
 
+    @property
+    def convs(self) -> list[nn.Conv2d]:
+        """Every convolution, in the order of the forward pass."""
+        convs = list(self.stem)
+        for block in self.blocks:
+            convs += block.convs + ([block.skip] if block.skip is not None else [])
+        return convs
+
 
 def resnet_structure(model: nn.Module) -> ResNetStructure:
     """Read the layers of a timm or torchvision ResNet, or of one of this package.
@@ -50,11 +59,19 @@ def resnet_structure(model: nn.Module) -> ResNetStructure:
         for index, block in enumerate(getattr(model, stage)):
             structure.blocks.append(_read_block(f"{stage}.{index}", block))
     structure.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    known = {id(layer) for layer in [*structure.convs, structure.head]}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and id(module) not in known:
+            raise ValueError(f"{name}: a {type(module).__name__} outside stem, blocks and 'fc' is no part of a ResNet")
     return structure
 
 
-def check_alpha(structure: ResNetStructure, alpha: float) -> None:
-    """Refuse an alpha that is not finite, or that a block has no multiplier to hold."""
+def check_arguments(structure: ResNetStructure, alpha: float, generator: torch.Generator | None) -> None:
+    """Refuse an alpha that is not finite or that a block has no multiplier to hold, and a generator on a device."""
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"the generator is on {generator.device}; only a CPU generator gives the same weights anywhere"
+        )
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}, not a finite number")
     for block in structure.blocks:
