@@ -53,7 +53,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> t
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """float32 in full, without TensorFloat-32, so that everybody's numbers are the same; then as it was before."""
     matmul, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
     if hasattr(matmul, "fp32_precision"):  # torch 2.9; it refuses to be asked by the older names after that
@@ -96,7 +96,7 @@ def observe(
     classes = 0
     start = time.perf_counter()
     try:
-        with _full_precision():
+        with full_precision():
             for images, targets in batches:
                 with torch.autocast(images.device.type, amp) if amp is not None else nullcontext():
                     logits = model(images)

@@ -35,7 +35,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from risotto_zoo.errors import UserError, exits_cleanly
-from risotto_zoo.evaluation import observe, summarize
+from risotto_zoo.evaluation import full_precision, observe, summarize
 from risotto_zoo.hub import MANIFEST, release_file
 from risotto_zoo.models import create_model
 
@@ -386,7 +386,7 @@ def _timm_validation(model: nn.Module, folder: Path, args: argparse.Namespace) -
             **settings,
         )
         losses, top1, top5 = (timm.utils.AverageMeter() for _ in range(3))
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             for images, targets in loader:
                 logits = model(images)
                 losses.update(F.cross_entropy(logits, targets).item(), len(images))
