@@ -180,8 +180,8 @@ def test_the_committed_propagation_study_shows_the_picture():
             assert row["similarity"][-1] - row["similarity"][0] > 0.1
     text = propagation.section(stored)
     assert (
-        "Confirmed in part at initialization, up to 1202 layers, against He, delta-orthogonal; not against Fixup"
-        in text
+        "Confirmed in part at initialization, up to 1202 layers, against He, whose similarity reaches 1.0000; "
+        "not against delta-orthogonal, whose similarity reaches 0.7895; not against Fixup" in text
     )
     assert "1 of 32 above 1e-6 of the largest" in text  # He's collapse to one direction is no isometry
 
@@ -205,8 +205,40 @@ def test_verdicts():
     assert told.startswith("Not confirmed, and the opposite was measured against hopeless: RISOTTO is at -20.0 points")
     turned = claim.model_copy(update={"better": "hopeless", "than": ["RISOTTO"]})
     assert report._verdict(study, records, turned).startswith("Confirmed: hopeless is at +20.0 points")
+    assert report._in_short(study, records, claim) == "Not confirmed: behind hopeless"
+    assert report._in_short(study, records, turned) == "Confirmed: ahead of RISOTTO"
     del records["hopeless1"]
+    assert report._in_short(study, records, claim) == "Not tested"
     assert "runs are missing" in report._verdict(study, records, claim)
+
+
+def test_what_did_not_train_wins_nothing():
+    """A diverged run counts as chance, and neither being ahead at chance nor a gain over chance is a verdict."""
+    accuracy = {"chance": [0.1, 0.101, 0.1], "lost": [None, None, None], "good": [0.5, 0.51, 0.52]}
+    shipped = grid.load_study("learning_rate_robustness_small")
+    study = shipped.model_copy(update={"arms": {arm: {} for arm in accuracy}, "vary": None, "tune": None})
+    records = {
+        f"{arm}{seed}": {
+            "arm": arm, "x": None, "seed": seed, "top1": value or 0.0, "tuning": False, "diverged": value is None
+        }
+        for arm, values in accuracy.items()
+        for seed, value in enumerate(values)
+    }  # fmt: skip
+    records["chance0"]["top1"] = 0.125
+
+    def short(better, than):
+        return report._in_short(study, records, grid.Claim(text="-", better=better, than=[than]))
+
+    assert short("chance", "lost") == "Not confirmed: not told apart from lost"
+    for seed in range(3):
+        records[f"chance{seed}"]["top1"] = 0.12 + seed / 1000
+    assert short("chance", "lost") == "Not confirmed: no verdict against lost"
+    assert short("lost", "chance") == "Not confirmed: no verdict against chance"
+    assert short("good", "lost") == "Confirmed: ahead of lost"
+    assert short("good - good", "good - lost") == "Not confirmed: no verdict against good - lost"
+    claim = grid.Claim(text="-", better="good", than=["lost"])
+    told = report._verdict(study, records, claim)
+    assert told.startswith("Confirmed: good is at +41.0 points") and "lost did not train in 3 of 3 runs" in told
 
 
 def test_a_verdict_waits_for_every_value_of_every_seed():
@@ -233,8 +265,8 @@ def test_a_verdict_says_that_the_other_side_may_do_better_outside_of_what_was_tr
             "top1": top1, "tuning": False, "arm": run.arm, "x": run.x, "seed": run.seed, "diverged": run.x == 0
         }  # fmt: skip
     told = report._verdict(study, records, study.claims[0])
-    assert told.startswith("Confirmed, for the values of `optimizer.lr` that were tried (*): RISOTTO@1.0 is at +10.0")
-    assert told.endswith(" RISOTTO@0.0 diverged in 3 of 3 runs.")
+    assert told.startswith("Confirmed, for the values of `optimizer.lr` that were tried (*): RISOTTO@1.0 is at +50.1")
+    assert told.endswith(" RISOTTO@0.0 did not train in 3 of 3 runs; 3 diverged.")
     turned = study.claims[0].model_copy(update={"better": "RISOTTO@0.0", "than": ["RISOTTO@1.0"]})
     told = report._verdict(study, records, turned)
     assert "the opposite was measured against RISOTTO@1.0, for the values of `optimizer.lr` that were tried (*)" in told

@@ -274,16 +274,24 @@ def _results(result: dict[str, Any]) -> str:
     beside = f" The other rows were trained on the same files by the same recipe, but for {', '.join(keys)}."
     earlier = result["version"] - 1
     note = f"On {images:,} test images, in float32, after the last epoch; "
+    seen = [f"{earlier} earlier version{'s' if earlier > 1 else ''} of this model"] if earlier else []
+    seen += ["other nets of this zoo"] if result["in_zoo"] and _siblings(result["name"]) else []
     note += (
-        f"no epoch was chosen by them, but {earlier} earlier version{'s' if earlier > 1 else ''} of this model "
-        "had been tested on them when this one's recipe was made"
-        if earlier
+        f"no epoch was chosen by them, but {' and '.join(seen)} had been tested on them when this one's recipe was made"
+        if seen
         else "nothing was chosen by them"
     )
     note += f", but that of raw and averaged weights the {result['weights']} ones were kept." if averaged else "."
     if result["baselines"]:
         note += beside
     return "\n".join(rows) + f"\n\n{note}\n\n![Learning curves](curves.png)"
+
+
+def _siblings(name: str) -> list[str]:
+    """Releases of other nets trained on the same data; twins are released together, so they do not count."""
+    net, _, tag = name.partition(".")
+    others = (other.partition(".") for other in releases())
+    return [one for one, _, other in others if other == tag and one.removesuffix("_bn") != net.removesuffix("_bn")]
 
 
 def _use(repo_id: str, config: dict[str, Any], result: dict[str, Any]) -> str:

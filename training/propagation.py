@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent / "studies" / "propagation"
 DEPTHS = {20: (3, 3, 3), 56: (9, 9, 9), 110: (18, 18, 18), 1202: (200, 200, 200)}
 IMAGES = 8
 PROBES = 32
-RISE = 0.05  # of the similarity, from the first block to the last
+COLLAPSED = 0.95  # similarity at the last block from which on images count as alike
 LABELS = {
     "risotto": "RISOTTO",
     "he": "He",
@@ -115,23 +115,27 @@ def verdict(stored: dict[str, Any]) -> str:
         max(row["similarity"]) - min(row["similarity"]) for row in stored["rows"] if row["scheme"] == "risotto"
     )
     deepest = [row for row in stored["rows"] if row["depth"] == depths[-1] and row["scheme"] != "risotto"]
-    rising = [
-        row for row in deepest if None not in row["similarity"] and row["similarity"][-1] - row["similarity"][0] > RISE
+    whole = [row for row in deepest if None not in row["similarity"]]
+    stages = [row for row in whole if len(set(row["similarity"])) <= 3]  # constant within each of the three stages
+    collapsed = [row for row in whole if row["similarity"][-1] > COLLAPSED]
+    told = [
+        f"against {LABELS[row['scheme']]}, whose similarity reaches {row['similarity'][-1]:.4f}" for row in collapsed
     ]
-    stages = [row for row in rising if len(set(row["similarity"])) <= 3]  # constant within each of the three stages
-    told = f"against {', '.join(LABELS[row['scheme']] for row in rising if row not in stages)}"
+    for row in whole:
+        if row not in collapsed + stages:
+            told.append(f"not against {LABELS[row['scheme']]}, whose similarity reaches {row['similarity'][-1]:.4f}")
     if stages:
-        told += (
-            f"; not against {', '.join(LABELS[row['scheme']] for row in stages)}, whose similarity rises at the two "
+        told.append(
+            f"not against {', '.join(LABELS[row['scheme']] for row in stages)}, whose similarity rises at the two "
+            "projection skips alone, whatever the depth, since every other block starts as its skip"
         )
-        told += "projection skips alone, whatever the depth, since every other block starts as its skip"
     how = "Not confirmed"
-    if spread < 1e-4 and len(rising) == len(deepest) > len(stages):
-        how = "Confirmed in part" if stages else "Confirmed"
+    if spread < 1e-4 and collapsed:
+        how = "Confirmed" if len(collapsed) == len(deepest) else "Confirmed in part"
     return (
-        f"{how} at initialization, up to {depths[-1]} layers, {told}: RISOTTO's similarity moves by less than "
-        f"{10.0 ** math.ceil(math.log10(max(spread, 1e-9))):.0e} over all depths; one counts as rising from {RISE} on. "
-        "One seed: this verdict is not one of intervals."
+        f"{how} at initialization, up to {depths[-1]} layers, {'; '.join(told)}: RISOTTO's similarity moves by less "
+        f"than {10.0 ** math.ceil(math.log10(max(spread, 1e-9))):.0e} over all depths; images count as alike from "
+        f"{COLLAPSED} on. One seed: this verdict is not one of intervals."
     )
 
 

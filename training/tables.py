@@ -58,7 +58,10 @@ def speed_table(short: bool) -> str:
 
     For README.md only what most people ask: the nets at work on a batch, in plain PyTorch.
     """
-    head = ["| ours | peer | time of ours / peer's (quartiles) | |", "|---|---|---|---|"]
+    head = [
+        "| ours | peer | time of ours / peer's, of medians (quartiles of the rounds' ratios) | |",
+        "|---|---|---|---|",
+    ]
     tables: dict[str, list[str]] = {}
     for path in sorted((RESULTS / "benchmarks").glob("*.json")):
         found = read_json(path)
