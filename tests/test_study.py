@@ -62,7 +62,7 @@ def test_a_study_tunes_on_held_out_images_runs_once_and_counts_divergence(toy, c
     assert {run["tuned"] for run in final if run["arm"] == "RISOTTO"} == {best["tuned"]}
 
     text = (toy.parent.parent / "README.md").read_text()
-    assert "| hopeless | 1e+20* | 0.0 (0.0 to 0.0) | 0.0, 0.0 | - | 2 of 2 |" in text
+    assert "| hopeless | 1e+20* | 10.0 (10.0 to 10.0) | diverged, diverged | - | 2 of 2 |" in text
     assert "**Verdict.** " in text and (toy.parent / "accuracy_by_epoch.svg").is_file()
 
     monkeypatch.setattr(grid, "train", lambda *_: pytest.fail("a finished run was run again"))

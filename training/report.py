@@ -344,10 +344,9 @@ def _in_short(study: Study, records: Records, claim: Claim) -> str:
     words = {"ahead": "ahead of", "level": "not told apart from", "behind": "behind", "none": "no verdict against"}
     told = []
     for outcome, word in words.items():
-        if others := [
-            one.other.partition("@")[0] if place else one.other for one in compared if one.outcome == outcome
-        ]:
-            told.append(f"{word} {', '.join(others)}")
+        names = [one.other.partition("@")[0] if place else one.other for one in compared if one.outcome == outcome]
+        if names:
+            told.append(f"{word} {', '.join(f'“{name}”' if ',' in name else name for name in names)}")
     return f"{_head(study, records, claim, compared).replace(' (*)', '')}{place}: {'; '.join(told)}"
 
 
