@@ -13,7 +13,15 @@ from hub_server import TOKEN, Hub
 # Every process of the tests, and all that it starts, has this Hub for its Hub; the client reads these once, on import.
 HUB = Hub().start()
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
-os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+for name in (
+    "HF_HUB_OFFLINE",
+    "HF_HUB_CACHE",
+    "HF_HUB_ETAG_TIMEOUT",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+    "RISOTTO_ZOO_ORG",
+):
+    os.environ.pop(name, None)
 
 import huggingface_hub.constants
 import numpy as np

@@ -71,7 +71,7 @@ def test_wrong_arguments_are_one_line(arguments, words, command):
 @pytest.mark.parametrize("module", ["risotto_zoo.cli", "training.train", "training.evaluate", "training.benchmark"])
 def test_help(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
-    monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delitem(sys.modules, module, raising=False)
     with pytest.raises(SystemExit) as stop:
         runpy.run_module(module, run_name="__main__")
     assert not stop.value.code and "usage:" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from risotto_zoo.checkpoints import WEIGHTS, model_config, save_model
 from risotto_zoo.cli import main as cli
 from risotto_zoo.errors import UserError
 from risotto_zoo.files import sha256
-from training import cards, engine, publish, release, train
+from training import cards, engine, evaluate, publish, release, train
 from training.distributed import World
 from training.recipe import Recipe
 
@@ -384,6 +384,26 @@ def test_a_configuration_cannot_send_anyone_to_another_file(published, hub, tmp_
     assert not any("evil.bin" in request for request in hub.requests)
     with pytest.raises(UserError, match="no safetensors on the Hub"):
         risotto_zoo.load("gcvit_xxtiny")
+
+
+def test_a_revision_has_its_own_weights(published, folder, hub):
+    version_up(folder)
+    hub.put(REPO, {name: (folder / name).read_bytes() for name in publish.FILES}, tag="v2")
+    old, new = (
+        safetensors.torch.load(data)["fc.bias"] for data in (published[WEIGHTS], (folder / WEIGHTS).read_bytes())
+    )
+    assert torch.equal(risotto_zoo.load(f"hf-hub:{REPO}", revision="v1").model.fc.bias, old)
+    assert torch.equal(timm.create_model(f"hf-hub:{REPO}@v1", pretrained=True).fc.bias, old)
+    assert torch.equal(timm.create_model(f"hf-hub:{REPO}", pretrained=True).fc.bias, new)
+
+
+def test_a_private_repository_opens_to_its_token(published, hub, monkeypatch):
+    hub.repos[REPO].private = True
+    assert timm.create_model(f"hf-hub:{REPO}", pretrained=True) is not None
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    huggingface_hub.constants.HF_HUB_CACHE += "-empty"
+    with pytest.raises(UserError, match="the token is missing, wrong or does not open it"):
+        timm.create_model(f"hf-hub:{REPO}", pretrained=True)
 
 
 def test_a_revision_a_repository_and_a_file_that_are_not_there(published, hub):
@@ -763,6 +783,31 @@ def test_releasing_again_counts_the_version_only_for_new_weights(run, tmp_path):
     assert all(value.dtype == torch.float16 for value in stored.values())
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert model.conv1.weight.dtype == torch.float32
+
+
+def test_the_score_is_that_of_the_weights_released(run, tmp_path, command):
+    """The averaged ones where they are the better, and those stored in float16."""
+    averaged = tmp_path / "averaged"
+    shutil.copytree(run, averaged)
+    state = safetensors.torch.load_file(run / WEIGHTS)
+    state["fc.bias"] += torch.arange(10) / 5
+    safetensors.torch.save_file(state, averaged / "model_ema.safetensors", metadata={"format": "pt"})
+    results = json.loads((run / "results.json").read_text())
+    results |= {"better": "ema", "ema": {**results["raw"], "top1": 0.987}}
+    results["sha256"]["model_ema.safetensors"] = sha256((averaged / "model_ema.safetensors").read_bytes())
+    (averaged / "results.json").write_text(json.dumps(results))
+    folder = release.release(averaged, "digits", [], tmp_path / "out")
+    told = json.loads((folder / "results.json").read_text())
+    assert told["evaluation"]["top1"] == 0.987 and told["weights"] == "ema" and told["averaged"]
+    assert torch.equal(safetensors.torch.load_file(folder / WEIGHTS)["fc.bias"], state["fc.bias"])
+    # float16: what is stored is evaluated, whatever the run's results say
+    folder = release.release(averaged, "digits", [], tmp_path / "half", half=True)
+    told = json.loads((folder / "results.json").read_text())["evaluation"]
+    numbers = tmp_path / "numbers.json"
+    settings = ["--data", "digits", "--device", "cpu", "--json", numbers]
+    assert command(evaluate.main, f"local-dir:{folder}", *settings).code == 0
+    (seen,) = json.loads(numbers.read_text())
+    assert seen["loss"] == pytest.approx(told["loss"], rel=1e-6) and seen["top1"] == told["top1"] != 0.987
 
 
 def test_fine_tuning_is_shown_only_of_these_very_weights(run, tmp_path, command):

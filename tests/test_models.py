@@ -100,6 +100,7 @@ def test_features_in_every_form_agree(name):
     assert torch.equal(chosen[0], maps[1]) and torch.equal(chosen[1], maps[-1])
     getter = timm.create_model(name, seed=0, features_only=True, feature_cls="getter", out_indices=(1, 2)).eval()
     assert torch.equal(getter(x)[1], maps[2])
+    assert len(getter.model.layer3) == 0 and isinstance(getter.model.fc, torch.nn.Identity)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -117,7 +118,47 @@ def test_head(name):
     torch.testing.assert_close(gram, torch.eye(17), atol=1e-5, rtol=0)
     model.reset_classifier(5, "catavgmax")
     assert model(x).shape == (2, 5)
+    for part in model.fc.weight.chunk(2, dim=1):  # each pool has pairs of its own
+        torch.testing.assert_close(*(sign * half for sign, half in zip((1, -1), part.chunk(2, dim=1), strict=True)))
+    model.double().reset_classifier(3)
+    assert model.fc.weight.dtype == torch.float64
     assert timm.create_model(name, num_classes=0, global_pool="")(x).shape == features.shape
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet50_cifar"])
+@pytest.mark.parametrize("init", ["risotto", "fixup"])
+def test_training_computes_what_evaluation_does(name, init):
+    """In training alpha goes into the kernel, in evaluation it stays outside."""
+    model = timm.create_model(name, init=init, seed=0, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim <= 1:
+            parameter.data.uniform_(0.2, 0.8, generator=draw)
+        elif init == "fixup" and not parameter.any():  # its last convolutions and the head start at zero
+            parameter.data.normal_(0, 0.1, generator=draw)
+    x = images(model).double()
+    torch.testing.assert_close(model.train()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet50_cifar"])
+def test_a_dropped_branch_leaves_the_skip(name):
+    model = timm.create_model(name, seed=0, drop_path_rate=0.5).train()
+    block = model.layer1[-1]
+    block.drop_path.drop_prob = 1.0
+    x = torch.randn(2, block.conv1.in_channels, 4, 4)
+    assert torch.equal(block(x), x.relu())
+    assert not torch.equal(block.eval()(x), x.relu())
+
+
+def test_gradient_checkpointing_runs_blocks_again():
+    model = timm.create_model("risotto_resnet20").train()
+    model.set_grad_checkpointing()
+    runs = []
+    model.layer2[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    model(images(model)).sum().backward()
+    assert len(runs) == 2
+    model.forward_intermediates(images(model))[0].sum().backward()
+    assert len(runs) == 4
 
 
 @pytest.mark.parametrize("name", EVERY)

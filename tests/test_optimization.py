@@ -50,6 +50,36 @@ def test_adaptive_clipping_leaves_the_classifier_alone(tmp_path):
     assert moved[0] == moved[1] > 0
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"label_smoothing": 0.1},
+        {"weight_standardization": True},
+        {"amp": "bfloat16"},
+        {"accumulate": 2, "model": "risotto_resnet20_bn"},
+        {"clip": {"mode": "norm", "value": 0.1}},
+        {"clip": {"mode": "agc", "value": 0.001}},
+        {"augment": {"mixup": 0.5}},
+        {"augment": {"cutmix": 0.5}},
+        {"augment": {"cutout": 3}},
+        {"augment": {"crop_scale": [0.3, 0.6]}},
+        {"augment": {"shift": 2}},
+        {"augment": {"flip": True}},
+        {"model_args": {"in_chans": 1, "drop_path_rate": 0.5}},
+        {"optimizer": {"weight_decay": 0.1}},
+        {"optimizer": {"momentum": 0.5}},
+        {"optimizer": {"other_lr": 0.5}},
+    ],
+)
+def test_every_setting_changes_the_run(settings, tmp_path):
+    small = {"lr": 0.01}
+    base = {"augment": {"flip": False}, **({"model": settings["model"]} if "model" in settings else {})}
+    changed = {**base, **settings, "augment": {**base["augment"], **settings.get("augment", {})}}
+    (_, plain) = after_steps(2, tmp_path, optimizer=small, **base)
+    (_, other) = after_steps(2, tmp_path, **{**changed, "optimizer": {**small, **settings.get("optimizer", {})}})
+    assert len(plain[-1]) != len(other[-1]) or not torch.allclose(plain[-1], other[-1], rtol=1e-5, atol=1e-7)
+
+
 def flat(model):
     return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
 
