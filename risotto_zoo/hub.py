@@ -46,8 +46,9 @@ def _manifest() -> dict[str, dict[str, Any]]:
 MANIFEST = _manifest()
 
 # For the Hub to say what a file is; what HF_HUB_ETAG_TIMEOUT says, if anything, goes.
-_OWN_TIMEOUT = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT
-_HEAD_SECONDS = constants.HF_HUB_ETAG_TIMEOUT if _OWN_TIMEOUT else 2.5
+_HEAD_SECONDS = (
+    2.5 if constants.HF_HUB_ETAG_TIMEOUT == constants.DEFAULT_ETAG_TIMEOUT else constants.HF_HUB_ETAG_TIMEOUT
+)
 _PAUSES = (0.5, 1.5)  # before asking once more
 _PATIENCE = 4.0  # seconds after which nothing is asked once more: who has no network should hear it soon
 _BUSY = (429, 500, 502, 503, 504)
@@ -81,10 +82,10 @@ def release_weights(name: str, cache_dir: str | Path | None = None) -> dict[str,
         return read_tensors(read_verified(path, entry["sha256"], entry["bytes"]), str(path))
     try:
         data = fetch(repository(name), WEIGHTS, entry["revision"], cache_dir, digest=entry["sha256"])
-    except UserError as error:
+    except HubError as error:
         if entry["location"] != "repository":
             raise
-        raise UserError(f"{error}. A checkout of risotto-zoo has it: local-dir:model_cards/{name}") from None
+        raise HubError(f"{error}. A checkout of risotto-zoo has it: local-dir:model_cards/{name}") from None
     return read_tensors(data, f"{repository(name)}/{WEIGHTS}")
 
 
@@ -119,7 +120,7 @@ def fetch(
         unnamed: Take a file for which nobody states a hash, too (a cache without symbolic links, a mirror).
 
     Raises:
-        HubError: If the file cannot be had, or is not the one that the Hub (or `digest`) states.
+        UserError: If the file is not the one that the Hub (or `digest`) states; a HubError if it cannot be had.
     """
     what = f"{repo_id}/{filename}" + (f"@{revision}" if revision else "")
     try:

@@ -519,7 +519,7 @@ def test_offline_mode_takes_what_is_cached_and_names_what_is_not(published, hub,
         close()
 
 
-def test_a_cache_that_shares_its_storage_is_verified_by_the_file_and_mended(published, hub, monkeypatch):
+def test_a_cache_that_shares_its_storage_is_verified_by_the_file_and_mended(published, hub):
     """Where Xet is in use, blobs/SHA256 links on to a file that bears another hash."""
     good = logits(risotto_zoo.load(f"hf-hub:{REPO}").model)
     cache = Path(huggingface_hub.constants.HF_HUB_CACHE)

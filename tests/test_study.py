@@ -241,6 +241,11 @@ def test_what_did_not_train_wins_nothing():
     assert told.startswith("Confirmed: good is at +41.0 points") and "lost did not train in 3 of 3 runs" in told
 
 
+def test_the_scale_of_every_shipped_study_can_be_told():
+    told = report._scale([grid.load_study(name) for name in grid.study_names()])
+    assert "10,000 images" in told and "all images of cifar10-jpeg" in told
+
+
 def test_a_verdict_waits_for_every_value_of_every_seed():
     study = grid.load_study("learning_rate_robustness_small")
     records = {

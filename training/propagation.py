@@ -116,14 +116,11 @@ def verdict(stored: dict[str, Any]) -> str:
     )
     deepest = [row for row in stored["rows"] if row["depth"] == depths[-1] and row["scheme"] != "risotto"]
     whole = [row for row in deepest if None not in row["similarity"]]
-    stages = [row for row in whole if len(set(row["similarity"])) <= 3]  # constant within each of the three stages
     collapsed = [row for row in whole if row["similarity"][-1] > COLLAPSED]
-    told = [
-        f"against {LABELS[row['scheme']]}, whose similarity reaches {row['similarity'][-1]:.4f}" for row in collapsed
-    ]
-    for row in whole:
-        if row not in collapsed + stages:
-            told.append(f"not against {LABELS[row['scheme']]}, whose similarity reaches {row['similarity'][-1]:.4f}")
+    others = [row for row in whole if row not in collapsed]
+    stages = [row for row in others if len(set(row["similarity"])) <= 3]  # constant within each of the three stages
+    told = [_reaches("against", row) for row in collapsed]
+    told += [_reaches("not against", row) for row in others if row not in stages]
     if stages:
         told.append(
             f"not against {', '.join(LABELS[row['scheme']] for row in stages)}, whose similarity rises at the two "
@@ -137,6 +134,10 @@ def verdict(stored: dict[str, Any]) -> str:
         f"than {10.0 ** math.ceil(math.log10(max(spread, 1e-9))):.0e} over all depths; images count as alike from "
         f"{COLLAPSED} on. One seed: this verdict is not one of intervals."
     )
+
+
+def _reaches(against: str, row: dict[str, Any]) -> str:
+    return f"{against} {LABELS[row['scheme']]}, whose similarity reaches {row['similarity'][-1]:.4f}"
 
 
 def section(stored: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ def _scale(studies: list[Study]) -> str:
     recipes = [validate(study.recipe, study.title) for study in studies]
     nets = {recipe.model for recipe in recipes}
     nets |= {net for study in studies if study.vary and study.vary.key == "model" for net in study.vary.values}
-    images = {f"{recipe.data.train_images or 'all':,} images of {Path(recipe.data.source).name}" for recipe in recipes}
+    images = {f"{_images(recipe)} images of {Path(recipe.data.source).name}" for recipe in recipes}
     return (
         f"All but `propagation` by training {' or '.join(sorted(nets))} on {' or '.join(sorted(images))} for "
         f"{' or '.join(map(str, sorted({recipe.epochs for recipe in recipes})))} epochs, "
@@ -161,13 +161,12 @@ def _untested(name: str, study: Study) -> str:
 def _conditions(study: Study, records: Records) -> str:
     recipe = validate(study.recipe, study.title)
     data = recipe.data
-    images = f"{data.train_images:,}" if data.train_images is not None else "all"
     held = f", {data.holdout:.0%} of them held out to measure on" if data.holdout else ""
     machines = ", ".join(sorted({r["hardware"] for r in records.values()}))
     versions = ", ".join(sorted({f"torch {r['torch']}" for r in records.values()}))
     hours = sum(r["seconds"] for r in records.values()) / 3600
     text = (
-        f"Data: {Path(data.source).name}, {images} training images{held}; {recipe.epochs} epochs, batch "
+        f"Data: {Path(data.source).name}, {_images(recipe)} training images{held}; {recipe.epochs} epochs, batch "
         f"{recipe.batch_size}; seeds {', '.join(map(str, study.seeds))}; {machines} a run, {versions}, "
         f"{hours:.1f} hours of training in {len(records)} runs."
     )
@@ -178,6 +177,10 @@ def _conditions(study: Study, records: Records) -> str:
             "the training images, one run each; a choice at the end of the range is marked *."
         )
     return text + _rates(study, recipe)
+
+
+def _images(recipe: Recipe) -> str:
+    return f"{recipe.data.train_images:,}" if recipe.data.train_images is not None else "all"
 
 
 def _rates(study: Study, recipe: Recipe) -> str:
