@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from risotto_zoo.errors import UserError
-from training import grid, propagation, report, study
+from training import first_step, grid, propagation, report, study
 
 TOY = {
     "title": "A toy",
@@ -43,7 +43,8 @@ def toy(tmp_path, monkeypatch, no_processes):
     monkeypatch.setattr(grid, "STUDIES", tmp_path / "studies")
     monkeypatch.setattr(grid, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(report, "STUDIES", tmp_path / "studies")
-    monkeypatch.setattr(propagation, "FOLDER", tmp_path / "studies" / "propagation")
+    for measured in (propagation, first_step):
+        monkeypatch.setattr(measured, "FOLDER", tmp_path / "studies" / measured.FOLDER.name)
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "toy.yaml").write_text(yaml.safe_dump(TOY, sort_keys=False))
     return tmp_path / "studies" / "toy" / "results.json"
@@ -186,8 +187,35 @@ def test_the_committed_propagation_study_shows_the_picture():
     assert "1 of 32 above 1e-6 of the largest" in text  # He's collapse to one direction is no isometry
 
 
-def test_propagation_needs_its_data(command, tmp_path):
-    result = command(study.main, "propagation", "--data", tmp_path / "none")
+def test_the_first_step_moves_what_it_says():
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(32, 3, 32, 32, generator=generator), torch.arange(32) % 10
+
+    def change(scheme: str, blocks: int) -> dict[str, float]:
+        return first_step.measure(first_step.SCHEMES[scheme], (blocks,) * 3, 0, images, targets)
+
+    shallow, deep = change("RISOTTO", 2), change("RISOTTO", 8)
+    assert deep["kernels"] > 1.5 * shallow["kernels"] and deep["vectors"] > 1.5 * shallow["vectors"]
+    assert deep["all"] > max(deep[kind] for kind in first_step.KINDS)
+    assert set(change("Fixup", 2).values()) == {0.0}  # its classifier starts at zero: no gradient goes beyond it
+    skip = change("SkipInit", 2)  # its branches start at zero, so that only the stem's step shows
+    assert skip["kernels"] < 0.1 * skip["ends"]
+
+
+def test_the_committed_first_step_study_says_what_it_measured():
+    stored = json.loads(first_step.results_file().read_text())
+    assert {(row["scheme"], row["depth"]) for row in stored["rows"]} == {
+        (scheme, depth) for scheme in first_step.SCHEMES for depth in first_step.DEPTHS
+    }
+    kernels = {row["depth"]: sum(row["kernels"]) / 3 for row in stored["rows"] if row["scheme"] == "RISOTTO"}
+    text = first_step.section(stored)
+    assert f"RISOTTO changes {kernels[110] / kernels[20]:.1f} times as much by its kernels" in text
+    assert f"| RISOTTO | 110 | {sum(stored['rows'][10]['all']) / 3:.2f} (" in text
+
+
+@pytest.mark.parametrize("name", ["propagation", "first_step"])
+def test_measured_studies_need_their_data(command, tmp_path, name):
+    result = command(study.main, name, "--data", tmp_path / "none")
     assert result.code == 2 and "none" in result.err and "Traceback" not in result.err
 
 

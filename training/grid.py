@@ -102,7 +102,7 @@ def load_study(name: str) -> Study:
     """
     path = STUDIES / f"{name}.yaml"
     if not path.is_file():
-        names = [*study_names(), "propagation", "report"]
+        names = [*study_names(), "propagation", "first_step", "report"]
         raise UserError(f"unknown study {name!r}{did_you_mean(name, names)} (there is {', '.join(names)})")
     try:
         study = Study.model_validate(read_with_base(path))

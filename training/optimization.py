@@ -89,7 +89,7 @@ def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
     groups = []
     for kind, parameters in kinds.items():
         decay = settings.weight_decay if kind in ("kernels", "ends") else 0.0
-        group = {"params": parameters, "lr": rates[kind], "weight_decay": decay}
+        group = {"kind": kind, "params": parameters, "lr": rates[kind], "weight_decay": decay}
         if settings.name == "muon" and kind != "kernels":
             group["use_fallback"] = True
         if parameters:

@@ -41,12 +41,7 @@ def results_file() -> Path:
 
 def conduct(source: Path) -> dict[str, Any]:
     """Measure every scheme at every depth, write results.json, and return what it holds."""
-    view = View.of({**timm.get_pretrained_cfg("risotto_resnet20").to_dict(), "crop_mode": "center"})
-    held = load_set(str(source), False, view)
-    # Images of different classes, evenly from the whole set.
-    chosen = torch.linspace(0, len(held) - 1, IMAGES).long()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
-    images = (held.images[chosen].float() / 255 - mean) / std
+    images, _ = some_images(source, False, IMAGES)
     grid = [(scheme, depth) for depth in DEPTHS for scheme in SCHEMES]
     start, rows = time.perf_counter(), []
     for scheme, depth in tqdm(grid, "propagation", disable=None):
@@ -63,6 +58,19 @@ def conduct(source: Path) -> dict[str, Any]:
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_atomically(results_file(), (json.dumps(stored, indent=1) + "\n").encode())
     return stored
+
+
+def some_images(source: Path, training: bool, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of different classes, evenly from the whole set: normalized, shape (count, 3, 32, 32), and their targets.
+
+    Raises:
+        UserError: If the source is missing, empty or holds nothing readable.
+    """
+    view = View.of({**timm.get_pretrained_cfg("risotto_resnet20").to_dict(), "crop_mode": "center"})
+    held = load_set(str(source), training, view)
+    chosen = torch.linspace(0, len(held) - 1, count).long()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
+    return (held.images[chosen].float() / 255 - mean) / std, held.targets[chosen]
 
 
 def measure(scheme: str, layers: tuple[int, ...], images: torch.Tensor) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from risotto_zoo.files import write_atomically
 
-from . import propagation
+from . import first_step, propagation
 from .cards import read_json
 from .grid import STUDIES, Claim, Study, candidates, chosen, current, load_study, results_file, study_names
 from .recipe import Recipe, validate
@@ -43,11 +43,11 @@ FAILED = 0.13  # at most: chance, and three standard deviations of 1,000 images
 def files() -> dict[Path, bytes]:
     """Every generated file of the studies, as it should be."""
     parts, result = [HEAD], {}
-    if propagation.results_file().is_file():
-        stored = read_json(propagation.results_file())
-        figures = {propagation.FOLDER / name: svg(figure) for name, figure in propagation.figures(stored).items()}
-        parts.append(propagation.section(stored))
-        result |= figures
+    for measured in (propagation, first_step):
+        if measured.results_file().is_file():
+            stored = read_json(measured.results_file())
+            result |= {measured.FOLDER / name: svg(figure) for name, figure in measured.figures(stored).items()}
+            parts.append(measured.section(stored))
     untested = []
     for name in study_names():
         study = load_study(name)

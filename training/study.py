@@ -1,7 +1,7 @@
 """Studies: the paper's claims, measured. python -m training.study NAME
 
-Runs what is missing of a study's grid of trainings (`propagation` needs no training), then writes the tables, figures
-and report of all studies from the committed results; `report` only does the latter.
+Runs what is missing of a study's grid of trainings (`propagation` and `first_step` measure nets as they start), then
+writes the tables, figures and report of all studies from the committed results; `report` only does the latter.
 """
 
 import argparse
@@ -10,7 +10,10 @@ from pathlib import Path
 
 from risotto_zoo.errors import UserError, exits_cleanly
 
-from . import grid, propagation, report
+from . import first_step, grid, propagation, report
+
+
+MEASURED = {"propagation": propagation, "first_step": first_step}
 
 
 @exits_cleanly
@@ -19,19 +22,22 @@ def main() -> None:
         prog="python -m training.study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"studies: propagation, {', '.join(grid.study_names())}",
+        epilog=f"studies: {', '.join([*MEASURED, *grid.study_names()])}",
     )
     parser.add_argument("name", help="a study, or report")
     parser.add_argument("--jobs", type=int, help="trainings at once (default: a CPU's cores; 4 on a GPU)")
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
     parser.add_argument(
-        "--data", type=Path, default=Path(".data/cifar10-jpeg"), help="propagation: image folder (default: %(default)s)"
+        "--data",
+        type=Path,
+        default=Path(".data/cifar10-jpeg"),
+        help=f"{', '.join(MEASURED)}: image folder (default: %(default)s)",
     )
     args = parser.parse_args()
     if args.jobs is not None and args.jobs < 1:
         raise UserError("--jobs starts at 1")
-    if args.name == "propagation":
-        propagation.conduct(args.data)
+    if args.name in MEASURED:
+        MEASURED[args.name].conduct(args.data)
     elif args.name != "report":
         grid.conduct(args.name, args.jobs or grid.default_jobs(args.device), args.device)
     for path in report.write_all():
