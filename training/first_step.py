@@ -138,11 +138,11 @@ def figures(stored: dict[str, Any]) -> dict[str, Figure]:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     FigureCanvasSVG(figure)
     panels = figure.subplots(1, 3, sharey=True)
-    for axes, (key, title) in zip(panels, {"all": "all", "kernels": "kernels", "vectors": "biases"}.items(), strict=True):
+    for axes, key in zip(panels, ("all", "kernels", "vectors"), strict=True):
         for scheme in dict.fromkeys(row["scheme"] for row in stored["rows"]):
             rows = [row for row in stored["rows"] if row["scheme"] == scheme]
             axes.plot([r["depth"] for r in rows], [statistics.fmean(r[key]) for r in rows], ".-", label=scheme)
-        axes.set_title(title)
+        axes.set_title(KINDS.get(key, key))
         axes.set_xlabel("layers")
         axes.set_yscale("symlog", linthresh=0.01)
         axes.grid(alpha=0.3)

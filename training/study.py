@@ -12,7 +12,6 @@ from risotto_zoo.errors import UserError, exits_cleanly
 
 from . import first_step, grid, propagation, report
 
-
 MEASURED = {"propagation": propagation, "first_step": first_step}
 
 
