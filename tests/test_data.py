@@ -290,6 +290,46 @@ def test_an_uncropped_resized_crop_is_the_image():
     torch.testing.assert_close(out * 255, data.float(), atol=1e-2, rtol=0)
 
 
+def test_a_quarter_crop_is_that_quarter_of_the_image():
+    down = torch.arange(16.0).repeat_interleave(16).reshape(1, 1, 16, 16)  # pixels hold their row
+    settings = Augment(flip=False, crop_scale=(0.25, 0.25))
+    numbers = draw(1, settings, stream(0))
+    numbers.crop[:] = torch.tensor([0.3, 0.5, 1.0, 0.0])  # the area is fixed; square, at the bottom, at the left
+    for data, first in ((down, 8), (down.mT, 0)):
+        out = augmented(data.byte(), torch.tensor([0]), 8, settings, numbers, torch.zeros(1), torch.ones(1))[0, 0] * 255
+        expected = torch.arange(first, first + 8.0)
+        torch.testing.assert_close(out.mT[0] if first == 8 else out[0], expected, atol=1e-2, rtol=0)
+
+
+def test_crops_keep_to_their_areas_and_aspect_ratios():
+    data = (torch.arange(256) % 256).byte().repeat(256, 1).reshape(1, 1, 256, 256)  # pixels hold their column
+    settings = Augment(flip=False, crop_scale=(0.2, 0.5))
+    numbers = draw(200, settings, stream(0))
+    index = torch.zeros(200, dtype=torch.long)
+
+    def extent(images: torch.Tensor) -> torch.Tensor:
+        wide = augmented(images, index, 64, settings, numbers, torch.zeros(1), torch.ones(1))[:, 0] * 255 / 256
+        rows = wide if images is data else wide.mT
+        return (rows[:, :, -1] - rows[:, :, 0]).mean(dim=1) * 64 / 63
+
+    width, height = extent(data), extent(data.mT)
+    area, ratio = width * height, width / height
+    assert 0.2 - 1e-2 < area.min() < 0.22 and 0.48 < area.max() < 0.5 + 1e-2
+    assert 3 / 4 - 1e-2 < ratio.min() < 0.77 and 1.3 < ratio.max() < 4 / 3 + 2e-2
+
+
+def test_cutout_hides_a_square_of_its_side():
+    data = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    settings = Augment(flip=False, cutout=4)
+    numbers = draw(1, settings, stream(0))
+    for centre, rows, cols in (((0.5, 0.25), slice(6, 10), slice(2, 6)), ((0.0, 1.0), slice(0, 2), slice(14, 16))):
+        numbers.cutout[:] = torch.tensor(centre)
+        out = augmented(data, torch.tensor([0]), 16, settings, numbers, torch.full((3,), 0.5), torch.ones(3))
+        expected = torch.full((3, 16, 16), 0.5)
+        expected[:, rows, cols] = 0.0  # the mean colour
+        assert torch.equal(out[0], expected)
+
+
 def test_mixup_and_cutmix_shares():
     settings = Augment(mixup=1.0, cutmix=1.0)
     numbers = draw(400, settings, stream(0))
