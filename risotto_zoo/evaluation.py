@@ -116,6 +116,30 @@ def observe(
     return Outcomes(*columns, classes=classes, seconds=time.perf_counter() - start)
 
 
+@contextmanager
+def active_channels(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Which channels of each nn.ReLU some image activates, by the module's name: bool, shape (C,), grown as it runs.
+
+    A channel that no image activates is dead: nothing comes out of it, and no gradient goes back to revive it.
+    """
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def note(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            active = (output > 0).transpose(0, 1).flatten(1).any(dim=1)
+            found[name] = found[name] | active if name in found else active
+
+        return note
+
+    relus = {name: module for name, module in model.named_modules() if isinstance(module, nn.ReLU)}
+    handles = [module.register_forward_hook(watch(name)) for name, module in relus.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def summarize(outcomes: Outcomes, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Evaluation:
     """Accuracy and loss of what was observed; `total` sums the counters over processes, in place.
 

@@ -14,6 +14,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, log_loss, recall_s
 
 from risotto_zoo import isometry
 from risotto_zoo.checkpoints import model_config, save_model
+from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import (
     Outcomes,
     calibration,
@@ -216,6 +217,26 @@ def test_classes_are_matched_by_name(tmp_path, photo_folder, command):
     model_folder(tmp_path / "other", ["cat", "dog"])
     result = command(command_line.main, f"local-dir:{tmp_path / 'other'}", "--data", photo_folder, "--device", "cpu")
     assert result.code == 0 and "matched by position" in result.err
+
+
+def test_dead_channels_are_those_that_no_image_activates(tmp_path, photo_folder, command):
+    model = model_folder(tmp_path / "model", ["church", "flower"])
+    with torch.no_grad():
+        model.layer1[1].conv1.bias[:] = -1e4  # a whole branch
+        model.layer2[0].conv1.bias[3] = -1e4
+    save_model(tmp_path / "model", model.state_dict(), json.loads((tmp_path / "model" / "config.json").read_text()))
+    source, report = f"local-dir:{tmp_path / 'model'}", tmp_path / "report.json"
+    arguments = (source, "--data", photo_folder, "--device", "cpu", "--dead")
+    result = command(command_line.main, *arguments, "--json", report)
+    assert result.code == 0, result.err
+    dead = json.loads(report.read_text())[0]["dead_channels"]
+    assert dead.pop("layer1.1.act1") == [16, 16] and dead.pop("layer2.0.act1") == [1, 32]
+    assert len(dead) == 17 and all(count == 0 for count, _ in dead.values())  # 19 layers with a ReLU
+    assert "dead      17 of 688 ReLU channels: layer1.1.act1 16 of 16, layer2.0.act1 1 of 32" in result.out
+    assert not any(module._forward_hooks for module in model.modules())
+    assert command(command_line.main, *arguments, "--compile").code == 2
+    with pytest.raises(UserError, match=r"model\.onnx is an exported file"):
+        command_line._watched("model.onnx", lambda images: images)
 
 
 def test_runs_on_different_data_are_not_compared(tmp_path, photo_folder, command):

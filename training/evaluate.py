@@ -1,8 +1,8 @@
 """Evaluate models on labelled images: python -m training.evaluate risotto_resnet20.cifar10-jpeg --data FOLDER
 
 Any timm model with weights, hf-hub:ORG/NAME, local-dir:FOLDER, or a file of python -m training.export. Several models
-are compared on the same images. --robustness adds the accuracy on damaged images, --figures draws calibration and
-confusion.
+are compared on the same images. --robustness adds the accuracy on damaged images, --dead the ReLU channels that no
+image activates, --figures draws calibration and confusion.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timm.data import resolve_data_config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.evaluation import (
     Calibration,
     Outcomes,
+    active_channels,
     calibration,
     compare,
     confusion,
@@ -79,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast (default: float32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--robustness", action="store_true", help="also on damaged images")
+    parser.add_argument("--dead", action="store_true", help="also count the ReLU channels that no image activates")
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--csv", type=Path, help="write one line a model to this file")
@@ -94,6 +97,8 @@ def _arguments() -> argparse.Namespace:
         parser.error("--workers starts at 0")
     if args.stream and (args.data is None or args.robustness):
         parser.error("--stream needs --data, and does not go with --robustness")
+    if args.dead and args.compile:
+        parser.error("--dead looks into the model, which does not go with --compile")
     # Images that are looked at once need no memory, and decoding them beside the model is faster.
     args.stream |= len(args.model) == 1 and not args.robustness and args.data not in (None, "digits")
     return args
@@ -114,12 +119,15 @@ def main() -> None:
             _tell_unreadable(sets[view, repr(data)])
         images = sets[view, repr(data)]
         images.classes = images.classes or labels or [str(i) for i in range(classes)]
-        net = _in_order_of(images.classes, name, net, classes, labels)
-        observed[name] = run(net, images, view, device, args)
+        ordered = _in_order_of(images.classes, name, net, classes, labels)
+        with _watched(name, net) if args.dead else nullcontext() as active:
+            observed[name] = run(ordered, images, view, device, args)
         reports.append(_report(name, observed[name], images))
+        if active is not None:
+            reports[-1]["dead_channels"] = {relu: [int((~on).sum()), len(on)] for relu, on in active.items()}
         _print(reports[-1])
         if args.robustness:
-            reports[-1]["robustness"] = _robustness(net, images, view, device, args)
+            reports[-1]["robustness"] = _robustness(ordered, images, view, device, args)
             _print_robustness(reports[-1])
         if args.figures is not None:
             _draw(args.figures, name, observed[name], images.classes)
@@ -238,6 +246,12 @@ def _in_order_of(wanted: list[str], name: str, net: Net, classes: int, labels: l
     return lambda batch: net(batch)[:, order]
 
 
+def _watched(name: str, net: Net) -> AbstractContextManager[dict[str, Tensor]]:
+    if not isinstance(net, nn.Module):
+        raise UserError(f"--dead: {name} is an exported file, whose channels cannot be seen; name the model instead")
+    return active_channels(net)
+
+
 def _report(name: str, outcomes: Outcomes, images: ImageSet | Streamed) -> dict[str, Any]:
     by_class = zip(images.classes, per_class(outcomes), strict=True)
     return {
@@ -260,6 +274,11 @@ def _print(report: dict[str, Any]) -> None:
     ranked = sorted((entry["top1"], label) for label, entry in report["per_class"].items() if entry["images"])
     (worst, last), (best, first) = ranked[0], ranked[-1]
     print(f"classes   from {100 * worst:.1f}% ({last}) to {100 * best:.1f}% ({first})")
+    if "dead_channels" in report:
+        layers = report["dead_channels"]
+        found = ", ".join(f"{name} {dead} of {channels}" for name, (dead, channels) in layers.items() if dead)
+        total = " of ".join(str(sum(column)) for column in zip((0, 0), *layers.values(), strict=True))
+        print(f"dead      {total} ReLU channels{f': {found}' if found else ''}")
     print(f"images/s  {report['images_per_second']:.0f}{', decoding included' if report['streamed'] else ''}")
 
 
