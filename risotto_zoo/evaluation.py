@@ -117,27 +117,32 @@ def observe(
 
 
 @contextmanager
-def active_channels(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Which channels of each nn.ReLU some image activates, by the module's name: bool, shape (C,), grown as it runs.
+def channel_activity(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """How often the channels of each nn.ReLU are active while the model runs in the context.
 
-    A channel that no image activates is dead: nothing comes out of it, and no gradient goes back to revive it.
+    Yields:
+        Shares of all images and positions, shape (C,), by the module's name; filled when the context ends.
     """
-    found: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    positions: dict[str, int] = {}
+    shares: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def note(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            active = (output > 0).transpose(0, 1).flatten(1).any(dim=1)
-            found[name] = found[name] | active if name in found else active
+            active = (output > 0).transpose(0, 1).flatten(1)
+            counts[name] = counts.get(name, 0) + active.sum(dim=1)
+            positions[name] = positions.get(name, 0) + active.shape[1]
 
         return note
 
     relus = {name: module for name, module in model.named_modules() if isinstance(module, nn.ReLU)}
     handles = [module.register_forward_hook(watch(name)) for name, module in relus.items()]
     try:
-        yield found
+        yield shares
     finally:
         for handle in handles:
             handle.remove()
+        shares |= {name: count.double().cpu() / positions[name] for name, count in counts.items()}
 
 
 def summarize(outcomes: Outcomes, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Evaluation:

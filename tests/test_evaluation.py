@@ -219,7 +219,7 @@ def test_classes_are_matched_by_name(tmp_path, photo_folder, command):
     assert result.code == 0 and "matched by position" in result.err
 
 
-def test_dead_channels_are_those_that_no_image_activates(tmp_path, photo_folder, command):
+def test_dead_channels_are_counted_by_layer(tmp_path, photo_folder, command):
     model = model_folder(tmp_path / "model", ["church", "flower"])
     with torch.no_grad():
         model.layer1[1].conv1.bias[:] = -1e4  # a whole branch

@@ -1,8 +1,8 @@
 """Evaluate models on labelled images: python -m training.evaluate risotto_resnet20.cifar10-jpeg --data FOLDER
 
 Any timm model with weights, hf-hub:ORG/NAME, local-dir:FOLDER, or a file of python -m training.export. Several models
-are compared on the same images. --robustness adds the accuracy on damaged images, --dead the ReLU channels that no
-image activates, --figures draws calibration and confusion.
+are compared on the same images. --robustness adds the accuracy on damaged images, --dead the ReLU channels that are
+hardly ever active, --figures draws calibration and confusion.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.evaluation import (
     Calibration,
     Outcomes,
-    active_channels,
     calibration,
+    channel_activity,
     compare,
     confusion,
     observe,
@@ -48,6 +48,7 @@ from .recipe import Data, load_recipe
 
 Net = Callable[[Tensor], Tensor]
 DAMAGED_AT_ONCE = 1000
+DEAD = 0.001  # a channel active at fewer of all images' positions takes no part
 
 
 @dataclass
@@ -81,7 +82,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast (default: float32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--robustness", action="store_true", help="also on damaged images")
-    parser.add_argument("--dead", action="store_true", help="also count the ReLU channels that no image activates")
+    parser.add_argument(
+        "--dead", action="store_true", help=f"also count the ReLU channels active at less than {DEAD:.1%}% of positions"
+    )
     parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--csv", type=Path, help="write one line a model to this file")
@@ -120,11 +123,12 @@ def main() -> None:
         images = sets[view, repr(data)]
         images.classes = images.classes or labels or [str(i) for i in range(classes)]
         ordered = _in_order_of(images.classes, name, net, classes, labels)
-        with _watched(name, net) if args.dead else nullcontext() as active:
+        with _watched(name, net) if args.dead else nullcontext() as activity:
             observed[name] = run(ordered, images, view, device, args)
         reports.append(_report(name, observed[name], images))
-        if active is not None:
-            reports[-1]["dead_channels"] = {relu: [int((~on).sum()), len(on)] for relu, on in active.items()}
+        if activity is not None:
+            dead = {relu: [int((shares < DEAD).sum()), len(shares)] for relu, shares in activity.items()}
+            reports[-1]["dead_channels"] = dead
         _print(reports[-1])
         if args.robustness:
             reports[-1]["robustness"] = _robustness(ordered, images, view, device, args)
@@ -249,7 +253,7 @@ def _in_order_of(wanted: list[str], name: str, net: Net, classes: int, labels: l
 def _watched(name: str, net: Net) -> AbstractContextManager[dict[str, Tensor]]:
     if not isinstance(net, nn.Module):
         raise UserError(f"--dead: {name} is an exported file, whose channels cannot be seen; name the model instead")
-    return active_channels(net)
+    return channel_activity(net)
 
 
 def _report(name: str, outcomes: Outcomes, images: ImageSet | Streamed) -> dict[str, Any]:
