@@ -756,6 +756,13 @@ def test_baselines_must_have_had_the_same_data_and_budget(run, tmp_path, command
     assert "its epochs is 300, not 1" in one_line(command(release.main, *args))
 
 
+def test_a_release_is_a_baseline_as_its_run_is(run, tmp_path):
+    other = release.release(run, "digits", [], tmp_path / "other")
+    both = release.release(run, "digits", [run, other], tmp_path / "out")
+    first, second = json.loads((both / "results.json").read_text())["baselines"]
+    assert first == second and first["evaluation"]["images"] > 0
+
+
 def test_where_weights_go_and_what_a_full_budget_means(monkeypatch):
     monkeypatch.setattr(release, "REPOSITORY_BYTES", 2**40)
     assert release._location("a.b", 1000) == "package"

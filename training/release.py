@@ -56,7 +56,8 @@ def release(
     Args:
         run: Folder of a finished run.
         tag: Name of the data set.
-        baselines: Finished runs under the same conditions, whose results the card shows beside this one's.
+        baselines: Finished runs under the same conditions, or releases of such, whose results the card shows beside
+            this one's.
         output: The folder, if it is not to be one of the zoo's.
         half: Store the weights in float16 and evaluate what is stored.
         device: Where to evaluate, if `half`.
@@ -179,13 +180,13 @@ def _evaluated(run: Path, recipe: Recipe, state: dict[str, Tensor], device: str 
 
 
 def _baseline(run: Path, ours: dict[str, Any]) -> dict[str, Any]:
-    """The results of another run, refused if its data or budget was another."""
+    """The results of another run, or of a release of one, refused if its data or budget was another."""
     results, _ = _finished(run)
     for key in ("data", "train_images", "epochs"):
         if results[key] != ours[key]:
             raise UserError(f"baseline {run}: its {key} is {results[key]}, not {ours[key]}: the two cannot be compared")
     kept = ("model", "epochs", "seed", "train_seconds", "hardware", "parameters")
-    score = results[results.get("better", "raw")]
+    score = results.get("evaluation") or results[results.get("better", "raw")]
     return {**{key: results[key] for key in kept}, "evaluation": score}
 
 
@@ -315,7 +316,7 @@ def main() -> None:
         type=Path,
         default=[],
         metavar="RUN",
-        help="finished runs under the same conditions, for the card's table",
+        help="finished runs under the same conditions, or releases of such, for the card's table",
     )
     parser.add_argument(
         "--finetune",
