@@ -121,7 +121,8 @@ def channel_activity(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """How often the channels of each nn.ReLU are active while the model runs in the context.
 
     Yields:
-        Shares of all images and positions, shape (C,), by the module's name; filled when the context ends.
+        Shares of all images and positions, shape (C,) where C is the second dimension of what comes out, by the
+        module's name; filled when the context ends.
     """
     counts: dict[str, Tensor] = {}
     positions: dict[str, int] = {}

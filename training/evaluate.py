@@ -281,8 +281,8 @@ def _print(report: dict[str, Any]) -> None:
     if "dead_channels" in report:
         layers = report["dead_channels"]
         found = ", ".join(f"{name} {dead} of {channels}" for name, (dead, channels) in layers.items() if dead)
-        total = " of ".join(str(sum(column)) for column in zip((0, 0), *layers.values(), strict=True))
-        print(f"dead      {total} ReLU channels{f': {found}' if found else ''}")
+        dead, channels = (sum(counts[i] for counts in layers.values()) for i in (0, 1))
+        print(f"dead      {dead} of {channels} ReLU channels{f': {found}' if found else ''}")
     print(f"images/s  {report['images_per_second']:.0f}{', decoding included' if report['streamed'] else ''}")
 
 

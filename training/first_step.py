@@ -78,7 +78,9 @@ def measure(
     """
     made = {"model": "risotto_resnet20", "init": "risotto", **scheme}
     model = timm.create_model(made["model"], layers=layers, init=made["init"], seed=seed)
-    optimizer = build_optimizer(model, validate({"optimizer": {"name": "muon", "lr": RATE, "momentum": 0.95}}, "rate"))
+    optimizer = build_optimizer(
+        model, validate({"optimizer": {"name": "muon", "lr": RATE, "momentum": 0.95}}, "first_step")
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     features = model.forward_features(images)
     F.cross_entropy(model.forward_head(features), targets).backward()

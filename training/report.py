@@ -36,6 +36,7 @@ verdict. Nets have identity skips unless a row says otherwise: RISOTTO's constru
 one for projection skips the paper's. The paper trained longer on larger nets and original images: what is not confirmed
 here, at this scale, is not thereby refuted.
 """
+MEASURED = {"propagation": propagation, "first_step": first_step}  # without training
 CHANCE = 0.1  # the studies' images are of ten classes
 FAILED = 0.13  # at most: chance, and three standard deviations of 1,000 images
 
@@ -43,7 +44,7 @@ FAILED = 0.13  # at most: chance, and three standard deviations of 1,000 images
 def files() -> dict[Path, bytes]:
     """Every generated file of the studies, as it should be."""
     parts, result = [HEAD], {}
-    for measured in (propagation, first_step):
+    for measured in MEASURED.values():
         if measured.results_file().is_file():
             stored = read_json(measured.results_file())
             result |= {measured.FOLDER / name: svg(figure) for name, figure in measured.figures(stored).items()}

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from risotto_zoo.errors import UserError, exits_cleanly
 
-from . import first_step, grid, propagation, report
-
-MEASURED = {"propagation": propagation, "first_step": first_step}
+from . import grid, report
+from .report import MEASURED
 
 
 @exits_cleanly
