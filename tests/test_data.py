@@ -13,9 +13,9 @@ from risotto_zoo.errors import UserError
 from risotto_zoo.images import UnreadableImage, read_image
 from training import evaluate, train
 from training.augment import augmented, draw, mixed, stream
-from training.data import View, cache_folder, load_set
+from training.data import View, cache_folder, class_names, load_set
 from training.distributed import World
-from training.pipelines import validation_batches
+from training.pipelines import open_dataset, streamed_batches, validation_batches
 from training.recipe import Augment
 
 VIEW = View((3, 32, 32), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
@@ -370,3 +370,72 @@ def test_tar_files_and_timm_data_sets_are_the_same_images(kind, pipeline, folder
     assert result.code == 0, result.err
     assert "48 training and 16 validation images of 2 classes" in result.err
     assert '"church"' in (tmp_path / "run" / "config.json").read_text()
+
+
+def seen(source, root=None, channels=3):
+    """What both pipelines make of a validation set, streamed and held in memory, and what each says it left out."""
+    view = View((channels, 32, 32), (0.5,) * channels, (0.25,) * channels)
+    held = load_set(source, False, view, root=root, progress=False)
+    dataset, _, _ = open_dataset(source, False, None, root, channels)
+    streamed = list(streamed_batches(dataset, view, CPU.device, 0, len(held.classes), 8))
+    return held, *map(torch.cat, zip(*streamed, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "torch/image_folder"])
+def test_a_broken_image_is_left_out_and_named_wherever_it_lies(kind, folder, tmp_path, capsys):
+    broken = sorted((folder / "val").rglob("*.jpg"))[3]
+    broken.write_bytes(broken.read_bytes()[:300])
+    whole = load_set(str(folder), False, VIEW, progress=False)
+    assert len(whole) == 15 and str(broken) in whole.unreadable[0]
+    source, root = str(folder), None
+    if kind == "tar":
+        shutil.make_archive(str(folder / "val"), "tar", folder / "val")
+        shutil.rmtree(folder / "val")
+    elif kind == "torch/image_folder":
+        (folder / "val").rename(folder / "validation")
+        source, root = kind, str(folder)
+    held, images, targets = seen(source, root)
+    assert torch.equal(held.images, whole.images) and torch.equal(held.targets, whole.targets)
+    assert len(held.unreadable) == 1 and ("image 3" in held.unreadable[0] or str(broken) in held.unreadable[0])
+    torch.testing.assert_close(images, (held.images / 255 - 0.5) / 0.25, atol=1e-5, rtol=0)
+    assert torch.equal(targets, whole.targets)
+    told = capsys.readouterr().err
+    assert held.unreadable[0] in told and "1 images could not be read and are left out" in told
+
+
+def test_a_tar_file_holds_the_images_that_its_folder_holds(folder):
+    """Upright and in eight bits, too."""
+    path = sorted((folder / "val").rglob("*.jpg"))[0]
+    image, exif = Image.open(path), Image.Exif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+    deep = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 60
+    Image.fromarray(deep).save(path.with_suffix(".png"))
+    as_folder = load_set(str(folder), False, VIEW, progress=False)
+    shutil.make_archive(str(folder / "val"), "tar", folder / "val")
+    shutil.rmtree(folder / "val")
+    as_tar = load_set(str(folder), False, VIEW, progress=False)
+    assert len(as_tar) == 17 and not as_tar.unreadable
+    assert torch.equal(as_folder.images, as_tar.images) and torch.equal(as_folder.targets, as_tar.targets)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_sets_of_torchvision_become_what_the_net_takes(channels, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    digits = torch.randint(256, (12, 28, 28), generator=torch.Generator().manual_seed(0)).byte().numpy()
+    labels = np.arange(12, dtype=np.uint8) % 10
+    for name, array in (("images-idx3", digits), ("labels-idx1", labels)):
+        head = bytes([0, 0, 8, array.ndim]) + b"".join(side.to_bytes(4, "big") for side in array.shape)
+        (raw / f"t10k-{name}-ubyte").write_bytes(head + array.tobytes())
+        (raw / f"train-{name}-ubyte").write_bytes(head + array.tobytes())
+    held, images, targets = seen("torch/mnist", str(tmp_path), channels)
+    assert held.images.shape == (12, channels, 32, 32) and held.classes[3] == "3 - three"
+    torch.testing.assert_close(images, (held.images / 255 - 0.5) / 0.25, atol=1e-5, rtol=0)
+    assert targets.tolist() == labels.tolist()
+
+
+def test_classes_with_several_names_are_told_by_all_of_them():
+    """As torchvision's ImageNet has them."""
+    dataset = type("ImageNet", (), {"classes": [("tench", "Tinca tinca"), ("goldfish",)]})()
+    assert class_names(dataset) == ["tench, Tinca tinca", "goldfish"]

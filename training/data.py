@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -110,7 +110,7 @@ def load_set(
         return _digits(training, transform, channels)
     reader = open_source(source, training, split, root)
     side = size or view.input_size[1]
-    _check_memory(len(reader.samples), channels * side * side, psutil.virtual_memory().available, source)
+    _check_memory(len(reader), channels * side * side, psutil.virtual_memory().available, source)
     part = {"training": training, "split": split, "root": root}
     key = None  # a timm data set from elsewhere has no files of ours to name a cache file by
     if reader.dataset is None or reader.root is not None:
@@ -139,11 +139,37 @@ class Source:
     """A listed but not yet decoded set."""
 
     name: str
-    samples: list[Any]  # (file, class index), or positions in `dataset`
+    samples: Sequence[Any]  # (file, class index), or positions in `dataset`
     classes: list[str]
     dataset: Any = None  # a timm data set, for sources that are no plain folders
     root: Path | None = None
     skipped: tuple[str, ...] = ()  # images of kinds that timm does not read from folders, each with the reason
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
+        """An image, in mode L for one channel and RGB else, and the index of its class.
+
+        Raises:
+            UnreadableImage: If it cannot be read or has no label; the message names it.
+        """
+        name = self.samples[position][0] if self.dataset is None else f"{self.name}, image {position}"
+        try:
+            if self.dataset is None:
+                file, target = self.samples[position]
+            elif hasattr(self.dataset, "reader"):
+                # Past timm's own data set, which puts the next image in the place of one that is broken.
+                file, target, *_ = self.dataset.reader[position]
+            else:
+                file = None
+                image, target = self.dataset[position]
+            image = to_mode(image, channels) if file is None else read_image(file, channels)
+        except Exception as error:  # each reader raises its own kinds
+            raise UnreadableImage(f"{name} ({error})") from None
+        if target is None or target < 0:
+            raise UnreadableImage(f"{name} (it has no label)")
+        return image, int(target)
 
 
 def open_source(source: str, training: bool, split: str | None = None, root: str | None = None) -> Source:
@@ -156,13 +182,13 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
         dataset = timm_dataset(source, training, split, root)
         if isinstance(dataset, IterableDataset):
             raise UserError(f"{source} can only be read in order; {STREAM}")
-        classes = getattr(getattr(dataset, "dataset", dataset), "classes", None) or _class_names(dataset)
-        return Source(source, list(range(len(dataset))), list(classes), dataset, Path(root) if root else None)
+        classes = class_names(dataset) or _counted_classes(dataset)
+        return Source(source, range(len(dataset)), classes, dataset, Path(root) if root else None)
     folder = split_folder(Path(source), training)
     if folder.suffix == ".tar":
         dataset = timm_dataset(str(folder), training, split, None)
         classes = sorted(dataset.reader.class_name_to_idx, key=dataset.reader.class_name_to_idx.get)
-        return Source(str(folder), list(range(len(dataset))), classes, dataset, folder)
+        return Source(str(folder), range(len(dataset)), classes, dataset, folder)
     try:
         reader = timm.data.create_dataset("", root=str(folder)).reader
     except RuntimeError:  # timm found no image in any sub-folder
@@ -218,7 +244,13 @@ def split_folder(folder: Path, training: bool) -> Path:
     return folder
 
 
-def _class_names(dataset: Any) -> list[str]:
+def class_names(dataset: Any) -> list[str] | None:
+    """What a timm data set calls its classes, if it does; torchvision's ImageNet has several names for each."""
+    classes = getattr(getattr(dataset, "dataset", dataset), "classes", None)
+    return [name if isinstance(name, str) else ", ".join(name) for name in classes] if classes else None
+
+
+def _counted_classes(dataset: Any) -> list[str]:
     classes = 1 + max(int(dataset[i][1]) for i in range(len(dataset)))
     return [str(i) for i in range(classes)]
 
@@ -244,19 +276,15 @@ def _decode(
     """Decode on all cores; Pillow releases the interpreter lock while it works."""
 
     def decode(position: int) -> tuple[Any, int, str]:
-        sample = source.samples[position]
         try:
-            if source.dataset is not None:
-                image, target = source.dataset[sample]
-                return transform(to_mode(image, channels)), int(target), ""
-            path, target = sample
-            return transform(read_image(path, channels)), target, ""
+            image, target = source.read(position, channels)
+            return transform(image), target, ""
         except UnreadableImage as error:
-            return None, -1, f"{sample[0]} ({error})"
-        except Exception as error:  # a reader of timm, each raises its own kinds
+            return None, -1, str(error)
+        except Exception as error:  # what the transform makes of a strange size
             return None, -1, f"{source.name}, image {position} ({error})"
 
-    count = len(source.samples)
+    count = len(source)
     images, targets = torch.empty(count, *shape, dtype=torch.uint8), torch.full((count,), -1)
     unreadable = []
     # timm's readers share file handles, which only one thread at a time may move.
@@ -303,7 +331,7 @@ def _cache_key(source: Source, settings: dict[str, Any]) -> str:
     else:
         inside = [source.root, *source.root.rglob("*")] if source.root else []
         files = sorted(str(path) for path in inside if path.is_file())
-        digest.update(str(len(source.samples)).encode())
+        digest.update(str(len(source)).encode())
 
     def fingerprint(path: str) -> bytes:
         try:

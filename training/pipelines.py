@@ -16,11 +16,21 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from risotto_zoo.errors import UserError, did_you_mean
-from risotto_zoo.images import UnreadableImage, read_image
+from risotto_zoo.images import UnreadableImage
 
 from .augment import Draw, augmented, draw, mixed, stream
 from .console import say
-from .data import TIMM_SCHEMES, ImageSet, View, check_device_memory, load_set, open_source, timm_dataset
+from .data import (
+    TIMM_SCHEMES,
+    ImageSet,
+    Source,
+    View,
+    check_device_memory,
+    class_names,
+    load_set,
+    open_source,
+    timm_dataset,
+)
 from .distributed import World
 from .recipe import Data, Recipe
 
@@ -150,7 +160,7 @@ class Streaming:
             if key not in known:
                 hint = did_you_mean(key, known)
                 raise UserError(f"data.loader.{key}: timm.data.create_loader takes no such argument{hint}")
-        self.unreadable: list[str] = []  # by their kind; of each image that is broken timm's readers warn
+        self.unreadable: list[str] = []  # by their kind; one that is broken is named when it is read
         self.train = self._open(True, data.train_split)
         self.val = self._open(False, data.val_split)
         self.classes = self.train_classes
@@ -261,18 +271,17 @@ def open_dataset(
     Raises:
         UserError: If it is missing, empty, or small enough to be held in memory by nature.
     """
-    mode = "L" if channels == 1 else "RGB"
     if source == "digits":
         raise UserError("digits is small and not streamed; hold it in memory (data.pipeline: resident)")
     if not source.startswith(TIMM_SCHEMES):
         found = open_source(source, training)
-        if found.dataset is None:
-            return ImageFiles(found.samples, channels, training), found.classes, found.skipped
-        found.dataset.input_img_mode = mode
-        return found.dataset, found.classes, found.skipped
+        return Listed(found, channels, training), found.classes, found.skipped
+    mode = "L" if channels == 1 else "RGB"
     dataset = timm_dataset(source, training, split, root, is_training=training, input_img_mode=mode, **options)
-    names = getattr(getattr(dataset, "dataset", dataset), "classes", None)
-    return dataset, list(names) if names else None, ()
+    names = class_names(dataset)
+    if not isinstance(dataset, IterableDataset):
+        dataset = Listed(Source(source, range(len(dataset)), names or [], dataset), channels, training)
+    return dataset, names, ()
 
 
 def streamed_batches(
@@ -325,24 +334,24 @@ def _seed_worker(info: Any) -> int:
     return info.seed
 
 
-class ImageFiles(Dataset):
-    """Listed image files, read as everywhere here. An unreadable one is named; in training the next takes its place,
-    in validation it comes as a black image of class -1."""
+class Listed(Dataset):
+    """The images of a listed set, read as everywhere here. An unreadable one is named; in training the next takes its
+    place, in validation it comes as a black image of class -1."""
 
-    def __init__(self, samples: list[tuple[str, int]], channels: int, training: bool) -> None:
-        self.samples, self.channels, self.training = samples, channels, training
+    def __init__(self, source: Source, channels: int, training: bool) -> None:
+        self.source, self.channels, self.training = source, channels, training
         self.transform: Any = None
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        for step in range(len(self.samples)):
-            path, target = self.samples[(index + step) % len(self.samples)]
+        for step in range(len(self)):
             try:
-                return self.transform(read_image(path, self.channels)), target
+                image, target = self.source.read((index + step) % len(self), self.channels)
+                return self.transform(image), target
             except UnreadableImage as error:
-                say(f"left out {path} ({error})")
+                say(f"left out {error}")
                 if not self.training:
                     return self.transform(Image.new("L" if self.channels == 1 else "RGB", (8, 8))), -1
         raise UserError("none of the training images can be read")
