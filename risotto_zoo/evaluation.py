@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -122,8 +123,9 @@ def channel_activity(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     Yields:
         Shares of all images and positions, shape (C,) where C is the second dimension of what comes out, by the
-        module's name; filled when the context ends.
+        module's name, with '#2' and so on for a module that a pass calls again; filled when the context ends.
     """
+    calls: Counter[str] = Counter()
     counts: dict[str, Tensor] = {}
     positions: dict[str, int] = {}
     shares: dict[str, Tensor] = {}
@@ -131,19 +133,22 @@ def channel_activity(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def note(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             active = (output > 0).transpose(0, 1).flatten(1)
-            counts[name] = counts.get(name, 0) + active.sum(dim=1)
-            positions[name] = positions.get(name, 0) + active.shape[1]
+            calls[name] += 1
+            layer = name if calls[name] == 1 else f"{name}#{calls[name]}"
+            counts[layer] = counts.get(layer, 0) + active.sum(dim=1)
+            positions[layer] = positions.get(layer, 0) + active.shape[1]
 
         return note
 
     relus = {name: module for name, module in model.named_modules() if isinstance(module, nn.ReLU)}
     handles = [module.register_forward_hook(watch(name)) for name, module in relus.items()]
+    handles.append(model.register_forward_pre_hook(lambda *_: calls.clear()))
     try:
         yield shares
     finally:
         for handle in handles:
             handle.remove()
-        shares |= {name: count.double().cpu() / positions[name] for name, count in counts.items()}
+        shares |= {layer: count.double().cpu() / positions[layer] for layer, count in counts.items()}
 
 
 def summarize(outcomes: Outcomes, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> Evaluation:

@@ -18,6 +18,7 @@ from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import (
     Outcomes,
     calibration,
+    channel_activity,
     compare,
     confusion,
     evaluate,
@@ -237,6 +238,24 @@ def test_dead_channels_are_counted_by_layer(tmp_path, photo_folder, command):
     assert command(command_line.main, *arguments, "--compile").code == 2
     with pytest.raises(UserError, match=r"model\.onnx is an exported file"):
         command_line._watched("model.onnx", lambda images: images)
+
+
+def test_a_relu_that_a_pass_calls_again_is_a_layer_of_its_own():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = torch.nn.ReLU()
+
+        def forward(self, x):
+            return self.act(-self.act(x)[:, :1] - 1)
+
+    net, x = Net(), torch.ones(2, 3, 4, 4)
+    x[0, 1] = -1
+    with channel_activity(net) as activity:
+        net(x)
+        net(x)
+    assert {layer: shares.tolist() for layer, shares in activity.items()} == {"act": [1.0, 0.5, 1.0], "act#2": [0.0]}
+    assert not net._forward_pre_hooks and not net.act._forward_hooks
 
 
 def test_runs_on_different_data_are_not_compared(tmp_path, photo_folder, command):

@@ -531,6 +531,50 @@ def test_a_signal_while_the_data_is_read_stops_the_run(command, tmp_path, monkey
     assert signal.getsignal(signal.SIGTERM) == before and not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        ([], "the same command goes on"),
+        (["--overwrite"], "the same command without --overwrite goes on"),
+        (["--set", "resume=never"], "the same command with --resume goes on"),
+    ],
+)
+def test_how_to_go_on_is_told_as_it_is(options, again, command, tmp_path, monkeypatch):
+    save = engine._save
+
+    def interrupted(trainer):
+        save(trainer)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(engine, "_save", interrupted)
+    arguments = ["--recipe", "digits", *TINY, "--output", tmp_path / "run", "--device", "cpu", *options]
+    result = command(train.main, *arguments)
+    assert result.code == 143 and again in result.err
+    monkeypatch.undo()
+    words = again.split()
+    arguments = [word for word in arguments if word != "--overwrite"] + (["--resume"] if "--resume" in words else [])
+    result = command(train.main, *arguments)
+    assert result.code == 0 and "resumed at step" in result.err
+
+
+def test_a_signal_after_the_last_place_to_save_reaches_whoever_waits_for_it(tmp_path, monkeypatch):
+    finish, heard = engine._finish, []
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(*args)
+
+    monkeypatch.setattr(engine, "_finish", interrupted)
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        recipe = load_recipe("digits", [word for word in TINY if word != "--set"])
+        engine.train(recipe, tmp_path / "run", World(0, 1, torch.device("cpu")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["finished"]
+
+
 def test_streaming_augments_as_the_recipe_says_and_no_more(photo_folder):
     settings = [f"data.source={photo_folder}", "data.pipeline=streaming", "model_args={in_chans: 3}", "batch_size=8"]
     settings += ["augment={flip: false, crop_scale: [0.5, 1.0]}", "data.workers=0"]

@@ -99,6 +99,15 @@ def test_a_row_that_cannot_be_done_keeps_no_other_from_it(toy, command, tmp_path
     assert (toy / "model_cards" / "risotto_resnet20.digits" / "README.md").is_file()
 
 
+def test_a_row_that_diverges_is_told_by_the_exit_code(toy, command, tmp_path, monkeypatch):
+    def train(*_):
+        raise zoo.Diverged("the loss is not finite")
+
+    monkeypatch.setattr(zoo, "train", train)
+    result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu")
+    assert result.code == 3 and "is left out: the loss is not finite" in result.err
+
+
 def test_a_run_is_packed_as_soon_as_it_is_finished(toy, command, tmp_path, monkeypatch):
     trained = []
 

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from timm.models import get_pretrained_cfg
 
 from risotto_zoo.checkpoints import WEIGHTS
 from risotto_zoo.errors import UserError, exits_cleanly
@@ -240,7 +241,13 @@ def _base_model(init_from: str | None) -> str | None:
     source, _, place = (init_from or "").rpartition(":")
     if init_from is None or source == "local-dir":
         return None
-    return place.partition("@")[0] if source else f"{DEFAULT_ORGANIZATION}/{place}"
+    if source:
+        return place.partition("@")[0]
+    cfg = get_pretrained_cfg(place, allow_unregistered=True)  # of a name without a tag, its default weights'
+    if cfg is None or not cfg.hf_hub_id:
+        return None
+    ours = f"{cfg.architecture}.{cfg.tag}" in releases()
+    return f"{DEFAULT_ORGANIZATION}/{cfg.architecture}.{cfg.tag}" if ours else cfg.hf_hub_id.partition("@")[0]
 
 
 def _what(model: str, result: dict[str, Any], config: dict[str, Any], data: dict[str, Any]) -> str:
@@ -264,7 +271,8 @@ def _results(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for i, row in enumerate([result, *result["baselines"]]):
-        score, name = row["evaluation"], f"**{row['model']}**" if i == 0 else row["model"]
+        score = row["evaluation"]
+        name = f"**{row['model']}**" if i == 0 else f"{row['model']}{_age(row, result)}"
         rows.append(
             f"| {name} | {_score(row)} | {_percent(score['top5'])} | {score['loss']:.4f} "
             f"| {row['epochs']}, {row['seed']} | {duration(row['train_seconds'])} on {row['hardware']} |"
@@ -285,6 +293,12 @@ def _results(result: dict[str, Any]) -> str:
     if result["baselines"]:
         note += beside
     return "\n".join(rows) + f"\n\n{note}\n\n![Learning curves](curves.png)"
+
+
+def _age(baseline: dict[str, Any], result: dict[str, Any]) -> str:
+    """A baseline is as it was when it was compared with; its net may have been released again since."""
+    now = releases().get(f"{baseline['model']}.{result['name'].partition('.')[2]}") if result["in_zoo"] else None
+    return "" if now is None or now["evaluation"] == baseline["evaluation"] else ", an earlier version"
 
 
 def _siblings(name: str) -> list[str]:

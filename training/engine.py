@@ -130,7 +130,7 @@ def _writing(output: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{output} could not be written ({error.strerror or error}); the last good state is kept. "
-            "Make room and run the same command again"
+            "Make room; the same command, without --overwrite, goes on"
         ) from None
 
 
@@ -537,9 +537,11 @@ class _StopSignals:
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.number and kind is None:  # it came after the last place to save: whoever waits for it has it now
+            signal.raise_signal(self.number)
 
     def _note(self, number: int, _frame: Any) -> None:
         if not self.number:

@@ -47,7 +47,9 @@ def main() -> int:
         code = DIVERGED
     except Stopped as stopped:
         number = int(stopped.args[0])
-        print(f"stopped by {signal.Signals(number).name}; the same command goes on from here", file=sys.stderr)
+        again = "without --overwrite " if args.overwrite else ""
+        again += "with --resume " if recipe.resume == "never" and not args.resume else ""
+        print(f"stopped by {signal.Signals(number).name}; the same command {again}goes on from here", file=sys.stderr)
         code = 128 + number
     # Any other exception may be this process's alone; leaving the group would then wait for the others, which wait for
     # this one. It ends without that, and torchrun ends them.

@@ -24,7 +24,7 @@ from risotto_zoo.files import write_atomically
 from .cards import read_json
 from .console import say
 from .distributed import World, choose_device
-from .engine import Diverged, Stopped, train
+from .engine import DIVERGED, Diverged, Stopped, train
 from .recipe import Recipe, Section, explain, load_recipe
 from .release import release
 
@@ -154,6 +154,7 @@ def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
                 say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
         except Diverged as error:
             say(f"{row.recipe} is left out: {error}")
+            code = code or DIVERGED
         except UserError as error:
             say(f"error: {row.recipe} is left out: {error}")
             code = 2
