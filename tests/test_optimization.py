@@ -67,6 +67,7 @@ def test_adaptive_clipping_leaves_the_classifier_alone(tmp_path):
         {"augment": {"flip": True}},
         {"model_args": {"in_chans": 1, "drop_path_rate": 0.5}},
         {"optimizer": {"weight_decay": 0.1}},
+        {"optimizer": {"other_weight_decay": 0.1}},
         {"optimizer": {"momentum": 0.5}},
         {"optimizer": {"other_lr": 0.5}},
     ],
@@ -84,18 +85,20 @@ def flat(model):
     return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
 
 
+@pytest.mark.parametrize("other", [None, 0.0, 0.01])
 @pytest.mark.parametrize("name", ["muon", "momentum"])
 @pytest.mark.parametrize("model", ["risotto_resnet20", "risotto_resnet20_bn", "risotto_resnet18"])
-def test_kernels_decay_and_vectors_do_not(model, name):
+def test_kernels_decay_and_vectors_do_not(model, name, other):
     net = timm.create_model(model, num_classes=10)
-    rates = {"lr": 0.4, "other_lr": 0.3, "alpha_lr": 0.2, "weight_decay": 0.05}
+    rates = {"lr": 0.4, "other_lr": 0.3, "alpha_lr": 0.2, "weight_decay": 0.05, "other_weight_decay": other}
     optimizer = build_optimizer(net, recipe({"name": name, **rates}))
     found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(net.parameters()))
     for key, parameter in net.named_parameters():
         group = found[id(parameter)]
         ends = key in ("conv1.weight", "fc.weight")
-        assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0.0), key
+        decay = 0.05 if other is None or not ends else other
+        assert group["weight_decay"] == (decay if parameter.ndim > 1 else 0.0), key
         assert group["lr"] == (0.2 if key.endswith("alpha") else 0.4 if parameter.ndim == 4 and not ends else 0.3), key
         if name == "muon":
             assert bool(group.get("use_fallback")) == (parameter.ndim != 4 or ends), key

@@ -73,6 +73,7 @@ def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
     settings = recipe.optimizer
     other_lr = settings.other_lr or settings.lr
     alpha_lr = settings.alpha_lr or other_lr
+    decay, other_decay = settings.weight_decay, settings.other_weight_decay
     ends = _ends(model)
     kinds: dict[str, list[nn.Parameter]] = {"kernels": [], "ends": [], "vectors": [], "alphas": []}
     for name, parameter in model.named_parameters():
@@ -86,10 +87,10 @@ def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
             kind = "ends" if name.startswith(ends) else "kernels"
         kinds[kind].append(parameter)
     rates = {"kernels": settings.lr, "ends": other_lr, "vectors": other_lr, "alphas": alpha_lr}
+    decays = {"kernels": decay, "ends": decay if other_decay is None else other_decay}
     groups = []
     for kind, parameters in kinds.items():
-        decay = settings.weight_decay if kind in ("kernels", "ends") else 0.0
-        group = {"kind": kind, "params": parameters, "lr": rates[kind], "weight_decay": decay}
+        group = {"kind": kind, "params": parameters, "lr": rates[kind], "weight_decay": decays.get(kind, 0.0)}
         if settings.name == "muon" and kind != "kernels":
             group["use_fallback"] = True
         if parameters:

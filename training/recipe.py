@@ -94,6 +94,7 @@ class Optimizer(Section):
     )
     alpha_lr: Rate | None = Field(None, description="learning rate of the alphas; other_lr if null")
     weight_decay: Amount = Field(0.0, description="on kernels and matrices only, never on one-dimensional parameters")
+    other_weight_decay: Amount | None = Field(None, description="weight decay of stem and head; weight_decay if null")
     momentum: Share = Field(0.9, description="momentum, where the optimizer has one")
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="factor on the learning rate from each layer to the one before (fine-tuning)"
@@ -160,8 +161,11 @@ class Recipe(Section):
             ),
             (
                 self.optimizer.layer_decay is not None
-                and (self.optimizer.other_lr is not None or self.optimizer.alpha_lr is not None),
-                "optimizer: layer_decay sets the learning rate of every layer; leave other_lr and alpha_lr out",
+                and any(
+                    value is not None
+                    for value in (self.optimizer.other_lr, self.optimizer.alpha_lr, self.optimizer.other_weight_decay)
+                ),
+                "optimizer: layer_decay has groups of its own; leave other_lr, alpha_lr and other_weight_decay out",
             ),
             (
                 self.optimizer.layer_decay is not None and self.weight_standardization,

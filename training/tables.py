@@ -172,6 +172,8 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         "warmup": (recipe.warmup_epochs, 0.3),
         "model_args": (recipe.model_args, {}),
         "weight_decay": (recipe.optimizer.weight_decay, 0.01),
+        "other_weight_decay": (recipe.optimizer.other_weight_decay, None),
+        "mixup": (recipe.augment.mixup, 0.0),
         "weight_standardization": (recipe.weight_standardization, False),
         "amp": (recipe.amp, None),
         "cutout": (recipe.augment.cutout, 0),
