@@ -1,6 +1,7 @@
 """Reading image files as people have them: rotated by EXIF, grey, CMYK, 16-bit, palettes, animated, broken."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -10,8 +11,8 @@ class UnreadableImage(Exception):
     """The file is no image that can be read; the message is the reason, in a few words."""
 
 
-def read_image(path: str | Path, channels: int = 3) -> Image.Image:
-    """The image (of an animation, its first frame), upright, in mode RGB or, for one channel, L.
+def read_image(path: str | Path | BinaryIO, channels: int = 3) -> Image.Image:
+    """The image in a file (of an animation, its first frame), upright, in mode RGB or, for one channel, L.
 
     Raises:
         UnreadableImage: If the file is missing, empty, truncated, no image, or too large to be decoded safely.
