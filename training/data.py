@@ -26,6 +26,7 @@ from risotto_zoo.images import UnreadableImage, read_image, readable_suffixes, t
 
 VALIDATION_FOLDERS = ("val", "validation", "test")
 STREAM = "stream it: data.pipeline=streaming in training, --stream in evaluation"
+DECODING = 2  # part of the cache's keys; to be raised when the same files become other arrays
 TIMM_SCHEMES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
@@ -156,15 +157,13 @@ class Source:
         """
         name = self.samples[position][0] if self.dataset is None else f"{self.name}, image {position}"
         try:
-            if self.dataset is None:
-                file, target = self.samples[position]
-            elif hasattr(self.dataset, "reader"):
-                # Past timm's own data set, which puts the next image in the place of one that is broken.
-                file, target, *_ = self.dataset.reader[position]
-            else:
-                file = None
+            if self.dataset is not None and not hasattr(self.dataset, "reader"):  # one of torchvision's
                 image, target = self.dataset[position]
-            image = to_mode(image, channels) if file is None else read_image(file, channels)
+                image = to_mode(image, channels)
+            else:
+                # Past timm's own data set, which puts the next image in the place of one that is broken.
+                file, target, *_ = (self.samples if self.dataset is None else self.dataset.reader)[position]
+                image = read_image(file, channels)
         except Exception as error:  # each reader raises its own kinds
             raise UnreadableImage(f"{name} ({error})") from None
         if target is None or target < 0:
@@ -325,7 +324,7 @@ def cache_folder() -> Path:
 
 
 def _cache_key(source: Source, settings: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps([source.name, source.classes, settings], default=str).encode())
+    digest = hashlib.sha256(json.dumps([DECODING, source.name, source.classes, settings], default=str).encode())
     if source.dataset is None:
         files = [path for path, _ in source.samples]
     else:
