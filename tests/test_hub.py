@@ -22,7 +22,7 @@ from risotto_zoo.checkpoints import WEIGHTS, model_config, save_model
 from risotto_zoo.cli import main as cli
 from risotto_zoo.errors import UserError
 from risotto_zoo.files import sha256
-from training import cards, engine, evaluate, publish, release, train
+from training import cards, engine, evaluate, publish, release, tables, train
 from training.distributed import World
 from training.recipe import Recipe
 
@@ -761,6 +761,19 @@ def test_a_release_is_a_baseline_as_its_run_is(run, tmp_path):
     both = release.release(run, "digits", [run, other], tmp_path / "out")
     first, second = json.loads((both / "results.json").read_text())["baselines"]
     assert first == second and first["evaluation"]["images"] > 0
+
+
+def test_a_record_is_a_baseline_as_its_run_is(run, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.add(run, sweep=False)
+    record = tmp_path / f"{run.name}.json"
+    both = release.release(run, "digits", [run, record], tmp_path / "out")
+    first, second = json.loads((both / "results.json").read_text())["baselines"]
+    assert first == second and first["differs"] == []
+    record.write_text(json.dumps({"results": {}}))
+    args = [run, "--tag", "digits", "--output", tmp_path / "out", "--baseline", record]
+    assert "is no record of a run" in one_line(command(release.main, *args))
+    assert json.loads((both / "results.json").read_text())["baselines"] == [first, second]
 
 
 def test_where_weights_go_and_what_a_full_budget_means(monkeypatch):

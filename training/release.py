@@ -33,7 +33,7 @@ from .cards import CARDS, DATASETS, card, finetune_figure, read_json, write_page
 from .data import View
 from .distributed import World, choose_device
 from .pipelines import validation_batches, validation_set
-from .recipe import Recipe, load_recipe
+from .recipe import Recipe, load_recipe, validate
 from .run_folder import read_metrics
 
 PACKAGE_BYTES = 4_000_000
@@ -56,8 +56,8 @@ def release(
     Args:
         run: Folder of a finished run.
         tag: Name of the data set.
-        baselines: Finished runs under the same conditions, or releases of such, whose results the card shows beside
-            this one's.
+        baselines: Finished runs under the same conditions, or releases or records (training/results/NAME.json) of
+            such, whose results the card shows beside this one's.
         output: The folder, if it is not to be one of the zoo's.
         half: Store the weights in float16 and evaluate what is stored.
         device: Where to evaluate, if `half`.
@@ -108,10 +108,7 @@ def release(
         "evaluation": score,
         "init": config["model_args"].get("init", "risotto"),
         **({"init_from": recipe.init_from} if recipe.init_from is not None else {}),
-        "baselines": [
-            {**_baseline(path, results), "differs": _differences(recipe, load_recipe(str(path / "recipe.yaml")))}
-            for path in baselines
-        ],
+        "baselines": [_baseline(path, results, recipe) for path in baselines],
         "isometry": _isometry(config, recipe),
         "finetunes": [_finetune(*pair, run, None if changed else name) for pair in finetunes or []],
     }
@@ -179,12 +176,26 @@ def _evaluated(run: Path, recipe: Recipe, state: dict[str, Tensor], device: str 
     return asdict(evaluate(model, validation_batches(validation_set(recipe.data, view), view, world)))
 
 
-def _baseline(run: Path, ours: dict[str, Any]) -> dict[str, Any]:
-    """The results of another run, or of a release of one, refused if its data or budget was another."""
-    results, _ = _finished(run)
+def _baseline(source: Path, ours: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What another run reached and how it differed, refused if its data or budget was another."""
+    if source.suffix == ".json":  # a record of a run whose weights were not kept
+        record = read_json(source)
+        if not isinstance(record, dict) or not {"results", "recipe"} <= record.keys():
+            raise UserError(f"baseline {source} is no record of a run; training/results holds such")
+        results, theirs = record["results"], validate(record["recipe"], str(source))
+    else:
+        results, _ = _finished(source)
+        theirs = load_recipe(str(source / "recipe.yaml"))
     for key in ("data", "train_images", "epochs"):
         if results[key] != ours[key]:
-            raise UserError(f"baseline {run}: its {key} is {results[key]}, not {ours[key]}: the two cannot be compared")
+            raise UserError(
+                f"baseline {source}: its {key} is {results[key]}, not {ours[key]}: the two cannot be compared"
+            )
+    return {**_outcome(results), "differs": _differences(recipe, theirs)}
+
+
+def _outcome(results: dict[str, Any]) -> dict[str, Any]:
+    """What a table says of a run or a release."""
     kept = ("model", "epochs", "seed", "train_seconds", "hardware", "parameters")
     score = results.get("evaluation") or results[results.get("better", "raw")]
     return {**{key: results[key] for key in kept}, "evaluation": score}
@@ -221,7 +232,7 @@ def _finetune(tuned: Path, scratch: Path, run: Path, name: str | None) -> dict[s
                     f"--init-from local-dir:{run}"
                 )
         sides[side] = {
-            **_baseline(folder, results),
+            **_outcome(results),
             "by_epoch": [row["val_top1"] for row in read_metrics(folder)],
             "data": results["data"],
         }
@@ -316,7 +327,7 @@ def main() -> None:
         type=Path,
         default=[],
         metavar="RUN",
-        help="finished runs under the same conditions, or releases of such, for the card's table",
+        help="for the card's table: runs under the same conditions, their releases, or training/results/*.json",
     )
     parser.add_argument(
         "--finetune",
