@@ -86,7 +86,7 @@ def flat(model):
 
 
 @pytest.mark.parametrize("other", [None, 0.0, 0.01])
-@pytest.mark.parametrize("name", ["muon", "momentum"])
+@pytest.mark.parametrize("name", ["muon", "nadamuon", "momentum"])
 @pytest.mark.parametrize("model", ["risotto_resnet20", "risotto_resnet20_bn", "risotto_resnet18"])
 def test_kernels_decay_and_vectors_do_not(model, name, other):
     net = timm.create_model(model, num_classes=10)
@@ -100,7 +100,7 @@ def test_kernels_decay_and_vectors_do_not(model, name, other):
         decay = 0.05 if other is None or not ends else other
         assert group["weight_decay"] == (decay if parameter.ndim > 1 else 0.0), key
         assert group["lr"] == (0.2 if key.endswith("alpha") else 0.4 if parameter.ndim == 4 and not ends else 0.3), key
-        if name == "muon":
+        if name != "momentum":
             assert bool(group.get("use_fallback")) == (parameter.ndim != 4 or ends), key
 
 

@@ -19,9 +19,9 @@ from .recipe import Recipe
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer on four kinds of parameters: kernels, stem and head, one-dimensional ones, alphas.
 
-    Muon orthogonalizes the updates of the kernels and leaves the other three kinds to its AdamW, with Nesterov momentum
-    (NAdamW) as Muon itself has it here; weight decay never touches the last two. With `layer_decay` the kinds give way
-    to timm's layer-wise groups.
+    Muon, under each of its names, orthogonalizes the updates of the kernels and leaves the other three kinds to its
+    AdamW, with Nesterov momentum (NAdamW) if Muon itself has it, as `muon` has here; weight decay never touches the
+    last two. With `layer_decay` the kinds give way to timm's layer-wise groups.
 
     Raises:
         UserError: If the optimizer refuses an option.
@@ -31,6 +31,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     options = dict(settings.options)
     if settings.name == "muon":
         options.setdefault("nesterov", True)
+    if _is_muon(settings.name):
         _orthogonalize_in(next(model.parameters()).device)
     shared = {"opt": settings.name, "lr": settings.lr, "weight_decay": 0.0, "momentum": settings.momentum, **options}
     try:
@@ -38,6 +39,11 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return create_optimizer_v2(groups, **shared)
     except Exception as error:  # a hundred optimizers, each refusing in its own way
         raise UserError(f"optimizer {settings.name}: {str(error) or type(error).__name__}") from None
+
+
+def _is_muon(name: str) -> bool:
+    """timm has four names for its one class: muon, nmuon, adamuon and nadamuon."""
+    return name.endswith("muon")
 
 
 def _samples(groups: list[dict]) -> list[dict]:
@@ -91,7 +97,7 @@ def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
     groups = []
     for kind, parameters in kinds.items():
         group = {"kind": kind, "params": parameters, "lr": rates[kind], "weight_decay": decays.get(kind, 0.0)}
-        if settings.name == "muon" and kind != "kernels":
+        if _is_muon(settings.name) and kind != "kernels":
             group["use_fallback"] = True
         if parameters:
             groups.append(group)
@@ -101,7 +107,7 @@ def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
 def _layer_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     settings = recipe.optimizer
     groups = param_groups_layer_decay(model, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay)
-    if settings.name == "muon":
+    if _is_muon(settings.name):
         ends = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(_ends(model))}
         for group in groups:
             group["use_fallback"] = any(p.ndim != 4 or id(p) in ends for p in group["params"])
