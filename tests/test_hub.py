@@ -1,5 +1,6 @@
 """Releases on their way: publish, fetch, verify, whatever the line, the Hub or the disk does to them."""
 
+import contextlib
 import json
 import os
 import random
@@ -25,6 +26,8 @@ from risotto_zoo.files import sha256
 from training import cards, engine, evaluate, publish, release, tables, train
 from training.distributed import World
 from training.recipe import Recipe
+
+OLD_SAFETENSORS = tuple(map(int, safetensors.__version__.split(".")[:2])) < (0, 7)
 
 NAME = "risotto_resnet20.digits"
 REPO = f"somebody/{NAME}"
@@ -505,18 +508,25 @@ def test_without_a_network_it_says_so_soon(tmp_path):
         assert float(seconds) < 10 and "cannot be reached" in message and "hf download" in message, line
 
 
+@contextlib.contextmanager
+def offline(monkeypatch):
+    """As in a process that was started with HF_HUB_OFFLINE=1; the client keeps a session as it began."""
+    forget = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions  # before 1.0
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    forget()
+    try:
+        yield
+    finally:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        forget()
+
+
 def test_offline_mode_takes_what_is_cached_and_names_what_is_not(published, hub, monkeypatch):
     good = logits(risotto_zoo.load(f"hf-hub:{REPO}").model)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    close = getattr(huggingface_hub, "close_session", lambda: None)  # not in older clients
-    close()
-    try:
+    with offline(monkeypatch):
         assert torch.equal(logits(risotto_zoo.load(f"hf-hub:{REPO}").model), good)
         with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
             risotto_zoo.load("hf-hub:somebody/else")
-    finally:
-        monkeypatch.undo()
-        close()
 
 
 def test_a_cache_that_shares_its_storage_is_verified_by_the_file_and_mended(published, hub):
@@ -549,10 +559,10 @@ def test_other_peoples_configurations_load_from_a_cache_without_hashes(monkeypat
     save_model(folder / "snapshots" / commit, model.state_dict(), config)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert timm.create_model("hf-hub:some/body").num_classes == 2
-    with pytest.raises(UserError, match="nobody says what its hash should be"):
-        fetching.hub_weights("some/body")
+    with offline(monkeypatch):
+        assert timm.create_model("hf-hub:some/body").num_classes == 2
+        with pytest.raises(UserError, match="nobody says what its hash should be"):
+            fetching.hub_weights("some/body")
 
 
 # --- weights that are not what they should be
@@ -576,7 +586,11 @@ def test_every_single_byte_counts(folder):
         (lambda s: s.update({"fc.bias": torch.zeros(11)}), "fc.bias has shape"),
         (lambda s: s["conv1.weight"].view(-1)[:1].fill_(float("nan")), "conv1.weight holds values that are not finite"),
         (lambda s: s["fc.bias"][:1].fill_(float("inf")), "not finite"),
-        (lambda s: s.update({"fc.bias": torch.zeros(10, dtype=torch.complex64)}), "fc.bias is complex64"),
+        pytest.param(
+            lambda s: s.update({"fc.bias": torch.zeros(10, dtype=torch.complex64)}),
+            "fc.bias is complex64",
+            marks=pytest.mark.skipif(OLD_SAFETENSORS, reason="safetensors cannot write these before 0.7"),
+        ),
         (lambda s: s.update({"fc.bias": torch.zeros(10).to(torch.float8_e5m2)}), "fc.bias is float8_e5m2"),
         (lambda s: s.update({"fc.bias": torch.zeros(10, dtype=torch.int64)}), "fc.bias is torch.int64, but"),
     ],

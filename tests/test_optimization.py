@@ -86,7 +86,7 @@ def flat(model):
 
 
 @pytest.mark.parametrize("other", [None, 0.0, 0.01])
-@pytest.mark.parametrize("name", ["muon", "nadamuon", "momentum"])
+@pytest.mark.parametrize("name", ["muon", "nmuon", "momentum"])
 @pytest.mark.parametrize("model", ["risotto_resnet20", "risotto_resnet20_bn", "risotto_resnet18"])
 def test_kernels_decay_and_vectors_do_not(model, name, other):
     net = timm.create_model(model, num_classes=10)

@@ -184,17 +184,24 @@ def _write_onnx(net: nn.Module, images: Tensor, path: Path, facts: str) -> None:
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            net,
-            (images[:2],),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: batch},),
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                net,
+                (images[:2],),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=({0: batch},),
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:  # torch 2.6 of a net with batch norm
+            reason = str(error.__cause__ or error).split("\n")[0][:120]
+            raise UserError(
+                f"torch {torch.__version__} cannot write this net as ONNX ({reason}); a newer one may, or take "
+                "--format torchscript"
+            ) from None
     program.save(str(path))
     model = onnx.load(str(path))
     entry = model.metadata_props.add()
