@@ -3,7 +3,7 @@
 import io
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,18 +75,26 @@ def verdicts() -> str:
         for claim in study.claims:
             whose = " (not the paper's)" if claim.ours else ""
             rows.append(f"| {claim.text}{whose} | `{name}` | {_in_short(study, records, claim)} |")
-    return "\n".join([*rows, "", _scale(list(studies.values()))])
+    return "\n".join([*rows, "", _scale(studies)])
 
 
-def _scale(studies: list[Study]) -> str:
+def _scale(named: dict[str, Study]) -> str:
+    studies = list(named.values())
     recipes = [validate(study.recipe, study.title) for study in studies]
-    nets = {recipe.model for recipe in recipes}
-    nets |= {net for study in studies if study.vary and study.vary.key == "model" for net in study.vary.values}
+    nets = {
+        net
+        for study, recipe in zip(studies, recipes, strict=True)
+        for arm in study.arms.values()
+        for net in (study.vary.values if study.vary and study.vary.key == "model" else [arm.get("model", recipe.model)])
+    }
     images = {f"{_images(recipe)} images of {Path(recipe.data.source).name}" for recipe in recipes}
+    held = [f"`{name}`" for name, recipe in zip(named, recipes, strict=True) if recipe.data.holdout]
+    judged = f", {' and '.join(held)} judged on held-out ones of these, the others on test images" if held else ""
     return (
-        f"All but `propagation` by training {' or '.join(sorted(nets))} on {' or '.join(sorted(images))} for "
+        f"All but `propagation` by training {', '.join(sorted(nets))} on {' or '.join(sorted(images))} for "
         f"{' or '.join(map(str, sorted({recipe.epochs for recipe in recipes})))} epochs, "
-        f"{' or '.join(map(str, sorted({len(study.seeds) for study in studies})))} seeds each; studies share runs. "
+        f"{' or '.join(map(str, sorted({len(study.seeds) for study in studies})))} seeds each{judged}; studies share "
+        "runs. "
         "What is not confirmed at this scale is not thereby refuted."
     )
 
@@ -163,12 +171,11 @@ def _conditions(study: Study, records: Records) -> str:
     recipe = validate(study.recipe, study.title)
     data = recipe.data
     held = f", {data.holdout:.0%} of them held out to measure on" if data.holdout else ""
-    machines = ", ".join(sorted({r["hardware"] for r in records.values()}))
     versions = ", ".join(sorted({f"torch {r['torch']}" for r in records.values()}))
     hours = sum(r["seconds"] for r in records.values()) / 3600
     text = (
         f"Data: {Path(data.source).name}, {_images(recipe)} training images{held}; {recipe.epochs} epochs, batch "
-        f"{recipe.batch_size}; seeds {', '.join(map(str, study.seeds))}; {machines} a run, {versions}, "
+        f"{recipe.batch_size}; seeds {', '.join(map(str, study.seeds))}; {_machines(records)}, {versions}, "
         f"{hours:.1f} hours of training in {len(records)} runs."
     )
     if study.tune is not None:
@@ -178,6 +185,19 @@ def _conditions(study: Study, records: Records) -> str:
             "the training images, one run each; a choice at the end of the range is marked *."
         )
     return text + _rates(study, recipe)
+
+
+def _machines(records: Records) -> str:
+    """What the runs were trained on; where that is not one machine, which arms were trained on the rarer ones."""
+    arms: dict[str, dict[str, None]] = {}
+    for record in records.values():
+        arms.setdefault(record["hardware"], {})[record["arm"]] = None
+    most, *others = sorted(arms, key=lambda machine: (-len(arms[machine]), machine))
+    return ", ".join([f"{most} a run", *(f"{other} one of {_quoted(arms[other])}" for other in others)])
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"“{name}”" if "," in name else name for name in names)
 
 
 def _images(recipe: Recipe) -> str:
@@ -350,7 +370,13 @@ def _in_short(study: Study, records: Records, claim: Claim) -> str:
     for outcome, word in words.items():
         names = [one.other.partition("@")[0] if place else one.other for one in compared if one.outcome == outcome]
         if names:
-            told.append(f"{word} {', '.join(f'“{name}”' if ',' in name else name for name in names)}")
+            told.append(f"{word} {_quoted(names)}")
+    if claim.measure == "width":
+        outcomes = [one.outcome for one in compared]
+        others = [w for w in OTHER_WIDTHS if [o.outcome for o in _compared(study, records, claim, w)] != outcomes]
+        told.append(f"counting values within {100 * WIDTH:.0f} points of each one's best")
+        if others:
+            told[-1] += f" (another verdict within {' and '.join(f'{100 * width:.0f}' for width in others)})"
     return f"{_head(study, records, claim, compared).replace(' (*)', '')}{place}: {'; '.join(told)}"
 
 

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def sweep_table() -> str:
-    """NOTES.md: what was tried, and the accuracy on the held-out tenth of the training set."""
+    """NOTES.md: what was tried, and the accuracy on held-out training images."""
     rows = ["| run | settings | held-out top-1 (95% interval) | training loss |", "|---|---|---|---|"]
     for name, record in _records(RESULTS / "sweeps"):
         best = _best(record["results"])
