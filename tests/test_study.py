@@ -270,8 +270,17 @@ def test_what_did_not_train_wins_nothing():
 
 
 def test_the_scale_of_every_shipped_study_can_be_told():
-    told = report._scale([grid.load_study(name) for name in grid.study_names()])
+    told = report._scale({name: grid.load_study(name) for name in grid.study_names()})
     assert "10,000 images" in told and "all images of cifar10-jpeg" in told
+    assert "risotto_resnet20_bn, risotto_resnet20_c, risotto_resnet56" in told  # of arms and of what is varied
+    assert "`learning_rate_robustness_small` judged on held-out ones" in told
+
+
+def test_arms_that_were_trained_on_other_machines_are_named():
+    arms = {"A": "one", "B": "one", "C, big": "two", "D": "two", "E": "one"}
+    records = {arm: {"arm": arm, "hardware": machine} for arm, machine in arms.items()}
+    assert report._machines(records) == "one a run, two one of “C, big”, D"
+    assert report._machines({"A": records["A"]}) == "one a run"
 
 
 def test_a_verdict_waits_for_every_value_of_every_seed():
@@ -283,6 +292,7 @@ def test_a_verdict_waits_for_every_value_of_every_seed():
         for x in study.vary.values
     }
     assert report._verdict(study, records, study.claims[0]).startswith("Not confirmed: RISOTTO is at +0.0 values")
+    assert report._in_short(study, records, study.claims[0]).endswith("counting values within 5 points of each one's best")
     del records[f"He0{study.vary.values[1]}"]
     assert "runs are missing" in report._verdict(study, records, study.claims[0])
 
