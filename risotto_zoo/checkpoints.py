@@ -14,7 +14,9 @@ from .files import git_sha1, sha256, write_atomically
 
 WEIGHTS = "model.safetensors"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)  # the last: batch norm's counter
-_SOURCE_KEYS = ("url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag", "label_offset")
+_SOURCE_KEYS = (
+    "url", "file", "hf_hub_id", "hf_hub_filename", "source", "state_dict", "tag", "label_offset", "custom_load",
+)  # fmt: skip
 
 
 def save_model(folder: Path, state: dict[str, Tensor], config: dict[str, Any], weights_name: str = WEIGHTS) -> str:

@@ -93,6 +93,17 @@ STREAMED = ["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}"]
         (["augment.shift=16"], "augment.shift: it must be smaller than the images of 16 px"),
         (["model_args={in_chans: 4}"], "in_chans is 4"),
         (["data.holdout=0.001"], "leaves one part empty"),
+        (["data.val_split=test"], "has no sub-folder test; it has train, val"),
+        (["data.root=/somewhere"], "is a folder, which has no root"),
+        (["data.loader={re_prob: 0.2}"], "loader belongs to the streaming pipeline"),
+        ([*STREAMED, "data.stored_size=20"], "stored_size belongs to the resident pipeline"),
+        ([*STREAMED, "data.train_split=test"], "has no sub-folder test; it has train, val"),
+        (
+            ["model=deit_tiny_patch16_224"],
+            "deit_tiny_patch16_224 takes images of 224 px alone; set",
+        ),
+        (["model_args={drop_rate: 2}"], "drop_rate is 2, not a number from 0 to below 1"),
+        (["model_args={drop_path_rate: x}"], "drop_path_rate is 'x', not a number"),
         ([*STREAMED, "data.loader={re_probe: 1}"], "takes no such argument"),
         ([*STREAMED, "data.loader={auto_augment: foo}"], "data.loader"),
         ([*STREAMED, "data.loader={batch_size: 3}"], "takes no such argument"),
@@ -199,6 +210,34 @@ def test_the_cache_is_used_and_follows_the_content(folder):
     for path in cache_folder().iterdir():
         path.write_bytes(path.read_bytes()[:1000])
     assert torch.equal(load_set(str(folder), True, VIEW, progress=False).images, changed.images)
+    for path in cache_folder().iterdir():
+        path.write_bytes(path.read_bytes()[:-1000] + bytes(1000))  # as a power cut may leave it
+    assert torch.equal(load_set(str(folder), True, VIEW, progress=False).images, changed.images)
+
+
+def test_an_interrupted_cache_file_leaves_nothing(folder, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_set(str(folder), True, VIEW, progress=False)
+    assert not list(cache_folder().iterdir())
+
+
+def test_the_cache_follows_links_and_looks_at_nothing_beside_the_set(folder, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "validation").symlink_to(folder / "val")
+    load = {"split": "validation", "root": str(root), "progress": False}
+    first = load_set("torch/image_folder", False, VIEW, **load)
+    (root / "beside").write_text("not of the set")
+    (cached,) = cache_folder().iterdir()
+    again = load_set("torch/image_folder", False, VIEW, **load)
+    assert torch.equal(again.images, first.images) and list(cache_folder().iterdir()) == [cached]
+    one, other = sorted((folder / "val" / "church").glob("*.jpg"))[:2]
+    one.write_bytes(other.read_bytes())
+    assert torch.equal(load_set("torch/image_folder", False, VIEW, **load).images[0], first.images[1])
 
 
 def test_a_set_too_large_for_memory_names_the_streaming_pipeline(folder, monkeypatch):

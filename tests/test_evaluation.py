@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -274,6 +275,28 @@ def test_runs_on_different_data_are_not_compared(tmp_path, photo_folder, command
     result = command(command_line.main, *models, "--device", "cpu")
     assert result.code == 2 and "saw different images" in result.err and "Traceback" not in result.err
     assert "on 16 images" in result.out and "on 6 images" in result.out
+
+
+def test_runs_on_other_images_are_not_compared_though_their_labels_agree(photo_folder, command, tmp_path):
+    shutil.copytree(photo_folder, tmp_path / "other")
+    for name, source in (("a", photo_folder), ("b", tmp_path / "other")):
+        model_folder(tmp_path / name, ["church", "flower"])
+        (tmp_path / name / "recipe.yaml").write_text(f"data: {{source: {source}}}\n")
+    models = [f"local-dir:{tmp_path / name}" for name in "ab"]
+    result = command(command_line.main, *models, "--device", "cpu")
+    assert result.code == 2 and "saw different images" in result.err
+    assert "McNemar" in command(command_line.main, *models, "--device", "cpu", "--data", photo_folder).out
+
+
+def test_a_split_is_a_sub_folder_and_one_that_is_not_there_is_told(photo_folder, command, tmp_path):
+    model_folder(tmp_path / "a", ["church", "flower"])
+    base = [f"local-dir:{tmp_path / 'a'}", "--device", "cpu", "--data", photo_folder]
+    for more in ((), ("--robustness",)):  # streamed, and held in memory
+        assert "on 48 images" in command(command_line.main, *base, "--split", "train", *more).out
+        result = command(command_line.main, *base, "--split", "test", *more)
+        assert result.code == 2 and "has no sub-folder test; it has train, val" in result.err
+        result = command(command_line.main, *base, "--root", tmp_path, *more)
+        assert result.code == 2 and "is a folder, which has no root" in result.err
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)

@@ -385,6 +385,13 @@ def test_a_configuration_cannot_send_anyone_to_another_file(published, hub, tmp_
         with pytest.raises(UserError, match=r"only model.safetensors is read"):
             risotto_zoo.load("hf-hub:evil/config")
     assert not any("evil.bin" in request for request in hub.requests)
+    other["pretrained_cfg"] = {
+        "num_classes": 3,
+        "custom_load": True,
+    }  # of other weights; timm passes over it
+    state = timm.create_model("resnet10t", num_classes=3).state_dict()
+    hub.put("fine/config", {"config.json": json.dumps(other).encode(), WEIGHTS: safetensors.torch.save(state)})
+    assert timm.create_model("hf-hub:fine/config", pretrained=True).num_classes == 3
     with pytest.raises(UserError, match="no safetensors on the Hub"):
         risotto_zoo.load("gcvit_xxtiny")
 
@@ -890,6 +897,11 @@ def test_release_refuses(run, tmp_path, command):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_args": {"skip": "projection"}}))
     assert "changed skip" in refused(copy, "--tag", "digits")
+    (copy / "config.json").write_text(
+        json.dumps({**config, "model_args": {"drop_path_rate": 0.1}})
+    )  # not of the weights
+    stored = release.release(copy, "digits", [], tmp_path / "dropped") / "config.json"
+    assert json.loads(stored.read_text())["model_args"] == {}
     recipe = (copy / "recipe.yaml").read_text()
     (copy / "recipe.yaml").write_text(recipe.replace("holdout: 0.0", "holdout: 0.1"))
     assert "held-out training images" in refused(copy, "--tag", "digits")

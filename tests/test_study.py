@@ -292,7 +292,9 @@ def test_a_verdict_waits_for_every_value_of_every_seed():
         for x in study.vary.values
     }
     assert report._verdict(study, records, study.claims[0]).startswith("Not confirmed: RISOTTO is at +0.0 values")
-    assert report._in_short(study, records, study.claims[0]).endswith("counting values within 5 points of each one's best")
+    assert report._in_short(study, records, study.claims[0]).endswith(
+        "counting values within 5 points of each one's best"
+    )
     del records[f"He0{study.vary.values[1]}"]
     assert "runs are missing" in report._verdict(study, records, study.claims[0])
 

@@ -497,6 +497,26 @@ def test_fine_tuning_takes_weights_and_a_new_head(finished, command, tmp_path, p
         assert torch.equal(tuned[key], value) == frozen or key.startswith("fc")
 
 
+def test_init_from_is_taken_as_it_is_typed(command, tmp_path):
+    place = f"local-dir:{tmp_path}/run #2: x"
+    result = command(train.main, "--recipe", "digits", "--output", tmp_path / "run", "--init-from", place)
+    assert result.code == 2 and "run #2: x" in result.err
+
+
+def test_nets_of_one_size_are_made_for_another_or_told(command, tmp_path):
+    options = ["--recipe", "digits", "--set", "model=vit_tiny_patch16_224", "--set", "data.image_size=16"]
+    options += ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "data.train_images=128", "--device", "cpu"]
+    options += ["--set", "optimizer={name: adamw, lr: 0.001}", "--output", tmp_path / "vit"]
+    made = ["--set", "model_args={in_chans: 1, img_size: 16, depth: 1, embed_dim: 24, num_heads: 1}"]
+    assert "takes images of 224 px alone" in command(train.main, *options).err
+    result = command(train.main, *options, *made)
+    assert result.code == 0, result.err
+    arguments = [f"local-dir:{tmp_path / 'vit'}", "--device", "cpu"]
+    assert "on 360 images" in command(evaluate.main, *arguments).out
+    result = command(evaluate.main, *arguments, "--image-size", 32)
+    assert result.code == 2 and "takes images of 16 px alone" in result.err
+
+
 def test_fine_tuning_does_not_overwrite_what_it_starts_from(finished, command, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(finished, source)
@@ -680,11 +700,43 @@ def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
         tmp_path / "program.py", f"if at == 18 and rank and {first}: os.kill(os.getpid(), signal.SIGKILL)"
     )
     options = [*FIFTY_STEPS, "--set", "save_minutes=1e-9", "--output", tmp_path / "run"]
+    options += ["--overwrite", "--set", "resume=never"]  # meant for what was there before the first attempt
     process = torchrun(*options, restarts=1, program=program)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "resumed at step 15" in err
     assert json.loads((tmp_path / "run" / "results.json").read_text())["finished"]
+
+
+def test_each_process_resumes_with_its_own_running_statistics(tmp_path):
+    first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
+    killed = f"if at == 6 and rank and {first}: os.kill(os.getpid(), signal.SIGKILL)"
+    options = [*FIFTY_STEPS, "--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "model=risotto_resnet20_bn"]
+    options += ["--set", "ema_decay=0.9"]
+    runs = [
+        torchrun(*options, "--set", f"save_minutes={minutes}", "--output", tmp_path / name, restarts=1, program=program)
+        for name, minutes, program in (
+            ("whole", 60.0, ("-m", "training.train")),
+            ("killed", 1e-9, with_step(tmp_path / "program.py", killed)),
+        )
+    ]
+    told = [run.communicate(timeout=300)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    assert "resumed at step 5" in told[1]
+    assert same(*(weights(tmp_path / name) for name in ("whole", "killed")))
+
+
+def test_a_restart_after_an_early_death_does_what_the_first_attempt_was_told(command, tmp_path, monkeypatch):
+    """It died before it could begin: what lies in the folder is another run."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("seed: 1\n")
+    (tmp_path / "run" / "results.json").write_text('{"finished": true}')
+    os.utime(tmp_path / "run" / "recipe.yaml", (0, 0))
+    options = ["--recipe", "digits", *TINY, "--output", tmp_path / "run"]
+    assert "holds a finished run" in here(command, *options).err
+    assert here(command, *options, "--overwrite").code == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["epochs"] == 2
 
 
 def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):

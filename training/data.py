@@ -98,7 +98,8 @@ def load_set(
         training: The training part, or the one to validate on.
         view: Resizing and cropping.
         size: Side of the stored images, whole; the view's own size and crop if None.
-        split, root: For a timm data set string.
+        split: Of a timm data set string, or a sub-folder; train, or validation, if None.
+        root: Of a timm data set string.
         progress: Show a progress bar.
 
     Raises:
@@ -108,13 +109,15 @@ def load_set(
     transform = view.transform(size, whole=size is not None)
     channels = view.input_size[0]
     if source == "digits":
+        if split not in (None, _split(training)) or root is not None:
+            raise UserError(f"digits has the splits train and validation, and no root; not {split} of {root}")
         return _digits(training, transform, channels)
     reader = open_source(source, training, split, root)
     side = size or view.input_size[1]
     _check_memory(len(reader), channels * side * side, psutil.virtual_memory().available, source)
     part = {"training": training, "split": split, "root": root}
-    key = None  # a timm data set from elsewhere has no files of ours to name a cache file by
-    if reader.dataset is None or reader.root is not None:
+    key = None
+    if reader.files is not None:
         key = _cache_key(reader, {**part, "size": size, **asdict(view), "mean": None, "std": None})
     result = _read_cache(key) if key else None
     if result is None:
@@ -143,7 +146,7 @@ class Source:
     samples: Sequence[Any]  # (file, class index), or positions in `dataset`
     classes: list[str]
     dataset: Any = None  # a timm data set, for sources that are no plain folders
-    root: Path | None = None
+    files: list[str] | None = None  # all that the set is read from, if that is known
     skipped: tuple[str, ...] = ()  # images of kinds that timm does not read from folders, each with the reason
 
     def __len__(self) -> int:
@@ -175,19 +178,23 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
     """List a folder or a timm data set.
 
     Raises:
-        UserError: If it is missing, empty or has one class only.
+        UserError: If it is missing, empty or has one class only, or a root is given for a folder.
     """
     if source.startswith(TIMM_SCHEMES):
         dataset = timm_dataset(source, training, split, root)
         if isinstance(dataset, IterableDataset):
             raise UserError(f"{source} can only be read in order; {STREAM}")
         classes = class_names(dataset) or _counted_classes(dataset)
-        return Source(source, range(len(dataset)), classes, dataset, Path(root) if root else None)
-    folder = split_folder(Path(source), training)
+        listed = getattr(dataset, "samples", None)  # torchvision's sets of one file an image
+        files = [str(path) for path, *_ in listed] if listed else None
+        return Source(source, range(len(dataset)), classes, dataset, files)
+    if root is not None:
+        raise UserError(f"{source} is a folder, which has no root; a timm data set string ({TIMM_SCHEMES[0]}...) has")
+    folder = split_folder(Path(source), training, split)
     if folder.suffix == ".tar":
         dataset = timm_dataset(str(folder), training, split, None)
         classes = sorted(dataset.reader.class_name_to_idx, key=dataset.reader.class_name_to_idx.get)
-        return Source(str(folder), range(len(dataset)), classes, dataset, folder)
+        return Source(str(folder), range(len(dataset)), classes, dataset, [str(folder)])
     try:
         reader = timm.data.create_dataset("", root=str(folder)).reader
     except RuntimeError:  # timm found no image in any sub-folder
@@ -195,7 +202,8 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
     classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
     if len(classes) < 2:
         raise UserError(f"{folder} has one class only ({classes[0]}); it needs a sub-folder for each of two or more")
-    return Source(str(folder), list(reader.samples), classes, root=folder, skipped=_other_kinds(folder))
+    files = [path for path, _ in reader.samples]
+    return Source(str(folder), list(reader.samples), classes, files=files, skipped=_other_kinds(folder))
 
 
 def _other_kinds(folder: Path) -> tuple[str, ...]:
@@ -214,7 +222,7 @@ def _other_kinds(folder: Path) -> tuple[str, ...]:
 def timm_dataset(source: str, training: bool, split: str | None, root: str | None, **options: Any) -> Any:
     """`timm.data.create_dataset`, its errors in one line."""
     try:
-        split = split or ("train" if training else "validation")
+        split = split or _split(training)
         if source.endswith(".tar"):
             return timm.data.create_dataset("", root=source, **options)
         return timm.data.create_dataset(source, root=root, split=split, **options)
@@ -223,17 +231,29 @@ def timm_dataset(source: str, training: bool, split: str | None, root: str | Non
         raise UserError(f"data set {source} cannot be opened: {reason}") from None
 
 
-def split_folder(folder: Path, training: bool) -> Path:
-    """The sub-folder or tar file to train or to validate on; a folder of classes alone is one to validate on."""
+def _split(training: bool) -> str:
+    return "train" if training else "validation"
+
+
+def split_folder(folder: Path, training: bool, split: str | None = None) -> Path:
+    """The sub-folder or tar file to train or to validate on; a folder of classes alone is one to validate on.
+
+    Raises:
+        UserError: If there is none, or none of the name `split`.
+    """
     if not folder.is_dir():
         raise UserError(
             f"data folder {folder} does not exist; unpack the images there, or name another with --set data.source=..."
         )
-    names = ("train",) if training else VALIDATION_FOLDERS
+    named = split not in (None, _split(training))
+    names = (split,) if named else ("train",) if training else VALIDATION_FOLDERS
     for name in names:
         for path in (folder / name, folder / f"{name}.tar"):
             if path.exists():
                 return path
+    if named:
+        there = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir() or path.suffix == ".tar"))
+        raise UserError(f"{folder} has no sub-folder {split}; it has {there or 'none'}")
     if training:
         raise UserError(
             f"{folder} has no sub-folder train; it needs train and val (or test), one folder a class in each"
@@ -325,12 +345,6 @@ def cache_folder() -> Path:
 
 def _cache_key(source: Source, settings: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps([DECODING, source.name, source.classes, settings], default=str).encode())
-    if source.dataset is None:
-        files = [path for path, _ in source.samples]
-    else:
-        inside = [source.root, *source.root.rglob("*")] if source.root else []
-        files = sorted(str(path) for path in inside if path.is_file())
-        digest.update(str(len(source)).encode())
 
     def fingerprint(path: str) -> bytes:
         try:
@@ -343,7 +357,7 @@ def _cache_key(source: Source, settings: dict[str, Any]) -> str:
         return os.fsencode(path) + b"\0" + content.digest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part in pool.map(fingerprint, files, chunksize=64):
+        for part in pool.map(fingerprint, source.files, chunksize=64):
             digest.update(part)
     return digest.hexdigest()[:32]
 
@@ -353,22 +367,31 @@ def _read_cache(key: str) -> ImageSet | None:
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
-            return ImageSet(file.get_tensor("images"), file.get_tensor("targets"), **facts)
+            checksum = facts.pop("checksum")
+            images = ImageSet(file.get_tensor("images"), file.get_tensor("targets"), **facts)
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
         return None  # absent or not whole: decode again
+    return images if checksum == _checksum(images) else None
+
+
+def _checksum(images: ImageSet) -> str:
+    digest = hashlib.blake2b(images.images.numpy(), digest_size=16)
+    digest.update(images.targets.numpy())
+    return digest.hexdigest()
 
 
 def _write_cache(key: str, images: ImageSet) -> None:
-    facts = json.dumps({"classes": images.classes, "unreadable": images.unreadable})
+    facts = {"classes": images.classes, "unreadable": images.unreadable, "checksum": _checksum(images)}
     tensors = {"images": images.images, "targets": images.targets}
     temporary = None
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=cache_folder(), prefix=f"{key}.")
         os.close(handle)
-        safetensors.torch.save_file(tensors, temporary, metadata={"facts": facts})
+        safetensors.torch.save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
         os.replace(temporary, cache_folder() / f"{key}.safetensors")
     except (OSError, safetensors.SafetensorError) as error:
+        tqdm.write(f"the decoded images could not be cached in {cache_folder()}: {error}")
+    finally:  # Ctrl-C, too
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        tqdm.write(f"the decoded images could not be cached in {cache_folder()}: {error}")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,6 +43,14 @@ class World:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """The tensor of every process, by rank; all have one shape."""
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        if self.size == 1:
+            return [values]
+        dist.all_gather(parts, values)
+        return parts
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -74,6 +83,11 @@ def join_world(device: str | None) -> World:
 def restarts() -> int:
     """How often torchrun has restarted this run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def launched() -> float:
+    """When the program that started this process, torchrun, was started itself, in seconds since 1970."""
+    return psutil.Process(os.getppid()).create_time()
 
 
 def leave_world() -> None:

@@ -218,6 +218,12 @@ def _view(recipe: Recipe, config: dict[str, Any]) -> View:
     if recipe.augment.cutout > seen:
         raise UserError(f"augment.cutout: it is larger than the training images of {seen} px")
     crop = recipe.data.crop_pct if recipe.data.crop_pct is not None else resolved["crop_pct"]
+    made_for = recipe.model_args.get("img_size", config["input_size"][1])
+    if config.get("fixed_input_size") and (side != made_for or seen != made_for):
+        raise UserError(
+            f"{recipe.init_from or recipe.model} takes images of {made_for} px alone; set data.image_size={made_for}, "
+            f"or model_args.img_size={side} to make it for these"
+        )
     return View.of({**resolved, "input_size": (channels, side, side), "crop_pct": crop})
 
 
@@ -227,10 +233,9 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     if recipe.compile:
         module = torch.compile(module)
     if world.size > 1:
-        module = DistributedDataParallel(module, device_ids=[world.device] if world.device.type == "cuda" else None)
-        # Running statistics are each process's own: the first one's would replace all others' at every step. The
-        # constructor's argument of this name would also keep the nets from starting alike.
-        module.broadcast_buffers = False
+        # Running statistics are each process's own: the first one's would replace all others' here and at every step.
+        devices = [world.device] if world.device.type == "cuda" else None
+        module = DistributedDataParallel(module, devices, broadcast_buffers=False)
     if world.main:
         say(
             f"{trainer.name}, {trainer.parameters / 1e6:.2f} M parameters, "
@@ -404,10 +409,19 @@ def _check_finite(trainer: Trainer, bad_step: Tensor) -> None:
 # --- saving, resuming, finishing
 
 
+def _statistics(trainer: Trainer) -> list[Tensor]:
+    """Running means and variances, which are each process's own while it trains."""
+    nets = [trainer.model] + ([trainer.ema.module] if trainer.ema is not None else [])
+    return [b for net in nets for name, b in net.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+
 def _save(trainer: Trainer) -> None:
+    own = _statistics(trainer) if trainer.world.size > 1 else []
+    shares = trainer.world.gather(torch.cat([buffer.flatten() for buffer in own])) if own else []
     if not trainer.world.main:
         return
     tensors, plain = flatten_optimizer(trainer.optimizer)
+    tensors |= {f"statistics.{rank}": share for rank, share in enumerate(shares)}
     tensors |= prefixed("model.", trainer.model)
     if trainer.ema is not None:
         tensors |= prefixed("ema.", trainer.ema.module)
@@ -441,6 +455,10 @@ def _resume(trainer: Trainer) -> None:
     trainer.model.load_state_dict(unprefixed("model.", tensors))
     if trainer.ema is not None:
         trainer.ema.module.load_state_dict(unprefixed("ema.", tensors))
+    own, share = _statistics(trainer), tensors.get(f"statistics.{trainer.world.rank}")
+    if share is not None:
+        for buffer, values in zip(own, share.split([buffer.numel() for buffer in own]), strict=True):
+            buffer.copy_(values.view_as(buffer))
     restore_optimizer(trainer.optimizer, tensors, facts["optimizer"])
     if trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(facts["scaler"])

@@ -69,7 +69,7 @@ def _arguments() -> argparse.Namespace:
         "--data", help="'digits', an image folder, or a timm data set string (default: what the run was trained on)"
     )
     parser.add_argument("--root", help="where a timm data set string finds its files")
-    parser.add_argument("--split", help="split of a timm data set string (default: validation)")
+    parser.add_argument("--split", help="split of a timm data set string, or sub-folder (default: validation)")
     parser.add_argument(
         "--stream",
         action="store_true",
@@ -113,10 +113,12 @@ def main() -> None:
     device = choose_device(args.device)
     sets: dict[tuple[View, str], ImageSet | Streamed] = {}
     observed: dict[str, Outcomes] = {}
+    judged_on: dict[str, tuple] = {}
     reports = []
     for name in args.model:
         net, view, classes, labels = load(name, args, device)
         data = None if args.data is not None else _data_of_run(name, args)
+        judged_on[name] = _images_of(data)
         if (view, repr(data)) not in sets:
             sets[view, repr(data)] = _images(data, args, view)
             _tell_unreadable(sets[view, repr(data)])
@@ -140,6 +142,8 @@ def main() -> None:
         _print_table(reports)
     for other in args.model[1:]:
         try:
+            if judged_on[first] != judged_on[other]:
+                raise ValueError
             comparison = compare(observed[first], observed[other])
         except ValueError:
             raise UserError(f"{first} and {other} saw different images; name one set for both with --data") from None
@@ -169,7 +173,10 @@ def load(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Net
         on_cpu = lambda images: exported.run(images.cpu()).to(images.device)  # noqa: E731
         return on_cpu, _adjusted(exported.view, args), exported.classes, exported.labels
     model = create_model(name, pretrained=True).to(device).eval()
-    view = _adjusted(View.of(resolve_data_config(model=model, use_test_size=True, verbose=False)), args)
+    made_for = View.of(resolve_data_config(model=model, use_test_size=True, verbose=False))
+    view, side = _adjusted(made_for, args), made_for.input_size[1]
+    if model.pretrained_cfg.get("fixed_input_size") and view.input_size[1] != side:
+        raise UserError(f"{name} takes images of {side} px alone; --image-size cannot change that")
     labels = model.pretrained_cfg.get("label_names")
     net = torch.compile(model) if args.compile else model
     return net, view, model.num_classes, list(labels) if labels else None
@@ -219,6 +226,14 @@ def _data_of_run(name: str, args: argparse.Namespace) -> Data:
     data: Data = load_recipe(str(recipe_file)).data
     changes = {"val_split": args.split, "root": args.root}
     return data.model_copy(update={key: value for key, value in changes.items() if value})
+
+
+def _images_of(data: Data | None) -> tuple:
+    """What decides which images a run is validated on; how they are prepared does not."""
+    if data is None:
+        return ()
+    part = (data.train_split, data.train_images) if data.holdout else (data.val_split,)
+    return (data.source, data.root, data.holdout, *part)
 
 
 def _images(data: Data | None, args: argparse.Namespace, view: View) -> ImageSet | Streamed:

@@ -264,7 +264,8 @@ def open_dataset(
     Args:
         source: An image folder, or a timm data set string.
         training: The training part, or the one to validate on.
-        split, root: For a timm data set string.
+        split: Of a timm data set string, or a sub-folder; train, or validation, if None.
+        root: Of a timm data set string.
         channels: 1 for grey images, 3 for RGB.
         options: Further arguments of `timm.data.create_dataset`, for sets that are read in order.
 
@@ -274,7 +275,7 @@ def open_dataset(
     if source == "digits":
         raise UserError("digits is small and not streamed; hold it in memory (data.pipeline: resident)")
     if not source.startswith(TIMM_SCHEMES):
-        found = open_source(source, training)
+        found = open_source(source, training, split, root)
         return Listed(found, channels, training), found.classes, found.skipped
     mode = "L" if channels == 1 else "RGB"
     dataset = timm_dataset(source, training, split, root, is_training=training, input_img_mode=mode, **options)

@@ -39,8 +39,8 @@ class Data(Section):
         "digits", description="'digits', a folder with train and val (or test) sub-folders, or a timm data set string"
     )
     root: str | None = Field(None, description="where a timm data set string finds its files")
-    train_split: str = Field("train", description="split of a timm data set string to train on")
-    val_split: str = Field("validation", description="split of a timm data set string to validate on")
+    train_split: str = Field("train", description="split of a timm data set string, or sub-folder, to train on")
+    val_split: str = Field("validation", description="split of a timm data set string, or sub-folder, to validate on")
     pipeline: Literal["resident", "streaming"] = Field(
         "resident", description="'resident' holds the set in memory, 'streaming' reads it with timm's loaders"
     )
@@ -187,6 +187,14 @@ class Recipe(Section):
             (
                 self.data.pipeline == "streaming" and (self.data.holdout or self.data.train_images),
                 "data: holdout and train_images belong to the resident pipeline",
+            ),
+            (
+                self.data.pipeline == "streaming" and self.data.stored_size is not None,
+                "data: stored_size belongs to the resident pipeline",
+            ),
+            (
+                self.data.pipeline == "resident" and self.data.loader,
+                "data: loader belongs to the streaming pipeline; set data.pipeline=streaming",
             ),
             (
                 self.data.stored_size is not None and self.augment.crop_scale is None,

@@ -38,6 +38,7 @@ from .run_folder import read_metrics
 
 PACKAGE_BYTES = 4_000_000
 REPOSITORY_BYTES = 28 * 2**20
+OF_TRAINING = ("drop_rate", "drop_path_rate")  # arguments of a net that its weights do not need
 COPIED = ("config.json", "recipe.yaml", "metrics.csv", "curves.png")
 PROBES = 64
 
@@ -87,6 +88,7 @@ def release(
     folder = (output or CARDS / name).resolve()
     before = _release_before(folder, name)
     location = "hub" if output else _location(name, len(data))
+    config["model_args"] = {key: value for key, value in config["model_args"].items() if key not in OF_TRAINING}
     if labels := DATASETS.get(tag, {}).get("labels"):
         config["label_descriptions"] = labels
     files = {name: (run / name).read_bytes() for name in COPIED}
@@ -155,7 +157,7 @@ def _check_plain(config: dict[str, Any], state: dict[str, Tensor], run: Path) ->
     name = config["architecture"]
     if not name.startswith("risotto_") or not timm.is_model(name):
         raise UserError(f"{run}: {name} is not a model of this zoo")
-    structural = sorted(config["model_args"].keys() - {"init", "alpha"})
+    structural = sorted(config["model_args"].keys() - {"init", "alpha", *OF_TRAINING})
     if structural:
         raise UserError(
             f"{run} changed {', '.join(structural)} of {name} in model_args: a release must load by its name alone; "

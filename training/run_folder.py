@@ -34,6 +34,7 @@ FILES = (
     "recipe.yaml",
 )
 PATIENCE = 10.0
+SLACK = 2.0  # seconds between the clocks of processes and of files
 
 
 def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
@@ -108,6 +109,14 @@ def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
             (folder / name).unlink(missing_ok=True)
     if not (folder / "recipe.yaml").is_file():
         write_atomically(folder / "recipe.yaml", f"{_versions()}{dump(recipe)}".encode())
+
+
+def begun_since(folder: Path, moment: float) -> bool:
+    """Whether the run in a folder was begun, not gone on with, after a moment in seconds since 1970."""
+    try:
+        return (folder / "recipe.yaml").stat().st_mtime > moment - SLACK
+    except OSError:
+        return False
 
 
 def _versions() -> str:

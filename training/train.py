@@ -1,15 +1,17 @@
 """Train a model from a recipe: python -m training.train --recipe digits"""
 
 import argparse
+import json
 import signal
 import sys
 from pathlib import Path
 
 from risotto_zoo.errors import exits_cleanly
 
-from .distributed import join_world, leave_world, restarts
+from .distributed import join_world, launched, leave_world, restarts
 from .engine import DIVERGED, Diverged, Stopped, train
 from .recipe import load_recipe, recipe_names
+from .run_folder import begun_since
 
 
 def _arguments() -> argparse.Namespace:
@@ -35,13 +37,15 @@ def _arguments() -> argparse.Namespace:
 @exits_cleanly
 def main() -> int:
     args = _arguments()
-    settings = args.set + ([f"init_from={args.init_from}"] if args.init_from else [])
+    # As JSON, which is YAML: the path of a folder is taken as it is.
+    settings = args.set + ([f"init_from={json.dumps(args.init_from)}"] if args.init_from else [])
     recipe = load_recipe(args.recipe, settings)
     output = args.output or Path("runs") / Path(args.recipe).stem
     code = 0
     try:
-        # After a restart by torchrun, what lies in the folder is this run's own.
-        train(recipe, output, join_world(args.device), args.overwrite and restarts() == 0, args.resume)
+        # After a restart by torchrun, what its first attempt left in the folder is this run's own.
+        ours = restarts() > 0 and begun_since(output, launched())
+        train(recipe, output, join_world(args.device), args.overwrite and not ours, args.resume or ours)
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         code = DIVERGED

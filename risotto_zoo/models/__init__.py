@@ -83,7 +83,7 @@ def _is_ours(architecture: str) -> bool:
 
 def _refuse_other_weights(cfg: dict[str, Any], place: str) -> None:
     """A configuration can send timm to another file than the one that is verified, a pickle even."""
-    other = cfg.get("hf_hub_filename") or cfg.get("custom_load")
+    other = cfg.get("hf_hub_filename") or (cfg.get("custom_load") == "hf" and "hf")  # timm passes over other values
     if other and other != WEIGHTS:
         raise UserError(f"{place}: its config.json asks for {other!r} as weights; only {WEIGHTS} is read")
 
