@@ -897,9 +897,7 @@ def test_release_refuses(run, tmp_path, command):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "model_args": {"skip": "projection"}}))
     assert "changed skip" in refused(copy, "--tag", "digits")
-    (copy / "config.json").write_text(
-        json.dumps({**config, "model_args": {"drop_path_rate": 0.1}})
-    )  # not of the weights
+    (copy / "config.json").write_text(json.dumps({**config, "model_args": {"drop_path_rate": 0.1}}))
     stored = release.release(copy, "digits", [], tmp_path / "dropped") / "config.json"
     assert json.loads(stored.read_text())["model_args"] == {}
     recipe = (copy / "recipe.yaml").read_text()
