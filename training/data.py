@@ -110,7 +110,7 @@ def load_set(
     channels = view.input_size[0]
     if source == "digits":
         if split not in (None, _split(training)) or root is not None:
-            raise UserError(f"digits has the splits train and validation, and no root; not {split} of {root}")
+            raise UserError(f"digits has no split {split}" if root is None else "digits has no root")
         return _digits(training, transform, channels)
     reader = open_source(source, training, split, root)
     side = size or view.input_size[1]

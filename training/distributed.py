@@ -45,9 +45,9 @@ class World:
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """The tensor of every process, by rank; all have one shape."""
-        parts = [torch.empty_like(values) for _ in range(self.size)]
         if self.size == 1:
             return [values]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(parts, values)
         return parts
 

@@ -219,7 +219,8 @@ def _view(recipe: Recipe, config: dict[str, Any]) -> View:
         raise UserError(f"augment.cutout: it is larger than the training images of {seen} px")
     crop = recipe.data.crop_pct if recipe.data.crop_pct is not None else resolved["crop_pct"]
     made_for = recipe.model_args.get("img_size", config["input_size"][1])
-    if config.get("fixed_input_size") and (side != made_for or seen != made_for):
+    fixed = config.get("fixed_input_size") and not recipe.model_args.get("dynamic_img_size")
+    if fixed and (side != made_for or seen != made_for):
         raise UserError(
             f"{recipe.init_from or recipe.model} takes images of {made_for} px alone; set data.image_size={made_for}, "
             f"or model_args.img_size={side} to make it for these"

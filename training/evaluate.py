@@ -175,7 +175,8 @@ def load(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Net
     model = create_model(name, pretrained=True).to(device).eval()
     made_for = View.of(resolve_data_config(model=model, use_test_size=True, verbose=False))
     view, side = _adjusted(made_for, args), made_for.input_size[1]
-    if model.pretrained_cfg.get("fixed_input_size") and view.input_size[1] != side:
+    fixed = model.pretrained_cfg.get("fixed_input_size") and not getattr(model, "dynamic_img_size", False)
+    if fixed and view.input_size[1] != side:
         raise UserError(f"{name} takes images of {side} px alone; --image-size cannot change that")
     labels = model.pretrained_cfg.get("label_names")
     net = torch.compile(model) if args.compile else model
