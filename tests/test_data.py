@@ -98,10 +98,7 @@ STREAMED = ["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}"]
         (["data.loader={re_prob: 0.2}"], "loader belongs to the streaming pipeline"),
         ([*STREAMED, "data.stored_size=20"], "stored_size belongs to the resident pipeline"),
         ([*STREAMED, "data.train_split=test"], "has no sub-folder test; it has train, val"),
-        (
-            ["model=deit_tiny_patch16_224"],
-            "deit_tiny_patch16_224 takes images of 224 px alone; set",
-        ),
+        (["model=deit_tiny_patch16_224"], "deit_tiny_patch16_224 takes images of 224 px alone; set"),
         (["model_args={drop_rate: 2}"], "drop_rate is 2, not a number from 0 to below 1"),
         (["model_args={drop_path_rate: x}"], "drop_path_rate is 'x', not a number"),
         ([*STREAMED, "data.loader={re_probe: 1}"], "takes no such argument"),

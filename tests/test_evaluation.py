@@ -297,6 +297,9 @@ def test_a_split_is_a_sub_folder_and_one_that_is_not_there_is_told(photo_folder,
         assert result.code == 2 and "has no sub-folder test; it has train, val" in result.err
         result = command(command_line.main, *base, "--root", tmp_path, *more)
         assert result.code == 2 and "is a folder, which has no root" in result.err
+    (tmp_path / "a" / "recipe.yaml").write_text(f"data: {{source: {photo_folder}, holdout: 0.5}}\n")
+    assert "on 24 images" in command(command_line.main, *base[:3]).out
+    assert "on 16 images" in command(command_line.main, *base[:3], "--split", "val").out
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)

@@ -385,10 +385,7 @@ def test_a_configuration_cannot_send_anyone_to_another_file(published, hub, tmp_
         with pytest.raises(UserError, match=r"only model.safetensors is read"):
             risotto_zoo.load("hf-hub:evil/config")
     assert not any("evil.bin" in request for request in hub.requests)
-    other["pretrained_cfg"] = {
-        "num_classes": 3,
-        "custom_load": True,
-    }  # of other weights; timm passes over it
+    other["pretrained_cfg"] = {"num_classes": 3, "custom_load": True}  # of other weights; timm passes over it
     state = timm.create_model("resnet10t", num_classes=3).state_dict()
     hub.put("fine/config", {"config.json": json.dumps(other).encode(), WEIGHTS: safetensors.torch.save(state)})
     assert timm.create_model("hf-hub:fine/config", pretrained=True).num_classes == 3

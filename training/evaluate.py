@@ -225,8 +225,10 @@ def _data_of_run(name: str, args: argparse.Namespace) -> Data:
     if source != "local-dir" or not recipe_file.is_file():
         raise UserError(f"{name} does not say what to evaluate it on; name a folder with --data")
     data: Data = load_recipe(str(recipe_file)).data
-    changes = {"val_split": args.split, "root": args.root}
-    return data.model_copy(update={key: value for key, value in changes.items() if value})
+    changes: dict[str, Any] = {"root": args.root} if args.root else {}
+    if args.split:  # not what the run held out
+        changes |= {"val_split": args.split, "holdout": 0.0}
+    return data.model_copy(update=changes)
 
 
 def _images_of(data: Data | None) -> tuple:
