@@ -362,8 +362,8 @@ def finetune_figure(finetunes: list[dict[str, Any]]) -> bytes:
     FigureCanvasAgg(figure)
     for axes, sides in zip(figure.subplots(1, len(finetunes), squeeze=False)[0], finetunes, strict=True):
         for side, label in (("tuned", "from these weights"), ("scratch", "from scratch")):
-            values = sides[side]["by_epoch"]
-            axes.plot(range(1, len(values) + 1), [100 * value for value in values], ".-", label=label)
+            points = [(i, 100 * value) for i, value in enumerate(sides[side]["by_epoch"], 1) if value is not None]
+            axes.plot(*zip(*points, strict=True), ".-", label=label)
         axes.set(xlabel="epoch", ylabel="top-1 (%)", title=f"{Path(sides['tuned']['data']).name}")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

@@ -16,10 +16,13 @@ def say(text: str) -> None:
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """One line on a finished epoch, from its row of metrics."""
-    ema = f" (EMA {100 * row['ema_top1']:.2f}%)" if "ema_top1" in row else ""
+    validation = ""
+    if row["val_top1"] is not None:
+        ema = f" (EMA {100 * row['ema_top1']:.2f}%)" if "ema_top1" in row else ""
+        validation = f"validation loss {row['val_loss']:.4f}, top-1 {100 * row['val_top1']:.2f}%{ema}, "
     return (
-        f"epoch {row['epoch']}/{epochs}: training loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
-        f"top-1 {100 * row['val_top1']:.2f}%{ema}, {row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
+        f"epoch {row['epoch']}/{epochs}: training loss {row['train_loss']:.4f}, {validation}"
+        f"{row['images_per_second']:.0f} images/s, {row['seconds']:.0f} s"
     )
 
 

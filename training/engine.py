@@ -250,7 +250,11 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     outcome = None
     while len(progress.history) < recipe.epochs:
         _train_epoch(trainer, module, stop)
-        row, *outcome = _validate(trainer, stop)
+        epoch = len(progress.history) + 1
+        outcome = None
+        if epoch % recipe.val_every == 0 or epoch == recipe.epochs:
+            outcome = _validate(trainer, stop)
+        row = _row(trainer, outcome)
         progress.history.append(row)
         progress.sums = [0.0, 0.0, 0.0]
         _save(trainer)
@@ -264,11 +268,12 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
             _export(trainer)
             if board is not None:
                 for key, value in row.items():
-                    board.add_scalar(key, value, progress.step)
+                    if value is not None:
+                        board.add_scalar(key, value, progress.step)
                 board.flush()
         say(epoch_line(row, recipe.epochs))
     if outcome is None:  # resumed after the last epoch
-        _, *outcome = _validate(trainer, stop)
+        outcome = _validate(trainer, stop)
     return _finish(trainer, *outcome)
 
 
@@ -354,9 +359,9 @@ def _step(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor) 
     return total, correct
 
 
-def _validate(trainer: Trainer, stop: "_StopSignals") -> tuple[dict[str, Any], Evaluation, Evaluation | None]:
-    """Evaluate raw and averaged weights in float32 and make the epoch's row of metrics."""
-    progress, world = trainer.progress, trainer.world
+def _validate(trainer: Trainer, stop: "_StopSignals") -> list[Evaluation]:
+    """Evaluate the raw weights and, if there are any, the averaged ones, in float32."""
+    world = trainer.world
 
     def batches() -> Any:
         for batch in trainer.pipeline.validation():
@@ -370,24 +375,29 @@ def _validate(trainer: Trainer, stop: "_StopSignals") -> tuple[dict[str, Any], E
     if world.size > 1:  # one net for all: running statistics are each process's own while training
         for net in nets:
             distribute_bn(net, world.size, reduce=True)
-    result, *rest = [evaluate(net, batches(), world.sum) for net in nets]
-    averaged = rest[0] if rest else None
+    return [evaluate(net, batches(), world.sum) for net in nets]
+
+
+def _row(trainer: Trainer, outcome: list[Evaluation] | None) -> dict[str, Any]:
+    """The epoch's metrics, None for those of a validation that it did not have."""
+    progress = trainer.progress
     images, loss, correct = progress.sums
-    row = {
+    raw, averaged = (outcome[0], outcome[-1]) if outcome else (None, None)
+    of_average = {"ema_loss": averaged and averaged.loss, "ema_top1": averaged and averaged.top1}
+    return {
         "epoch": progress.step // trainer.pipeline.steps_per_epoch,
         "step": progress.step,
         "train_loss": loss / max(images, 1),
         "train_top1": correct / max(images, 1),
-        "val_loss": result.loss,
-        "val_top1": result.top1,
-        "val_top5": result.top5,
-        **({"ema_loss": averaged.loss, "ema_top1": averaged.top1} if averaged else {}),
+        "val_loss": raw and raw.loss,
+        "val_top1": raw and raw.top1,
+        "val_top5": raw and raw.top5,
+        **(of_average if trainer.ema is not None else {}),
         "lr": max(group["lr"] for group in trainer.optimizer.param_groups),
         "images_per_second": progress.images / max(progress.seconds, 1e-9),
         "data_wait": progress.waited / max(progress.seconds, 1e-9),
         "seconds": progress.seconds,
     }
-    return row, result, averaged
 
 
 def _check_finite(trainer: Trainer, bad_step: Tensor) -> None:
@@ -493,7 +503,7 @@ def _curves(trainer: Trainer) -> None:
     run_folder.write_curves(trainer.output, trainer.progress.history, title)
 
 
-def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None) -> dict[str, Any]:
+def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None = None) -> dict[str, Any]:
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
     hashes = _export(trainer)
     better = "ema" if averaged is not None and averaged.top1 > result.top1 else "raw"

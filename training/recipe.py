@@ -144,6 +144,7 @@ class Recipe(Section):
     compile: bool = Field(False, description="torch.compile the training step's model")
     tf32: bool = Field(True, description="TensorFloat-32 matrix products while training on CUDA")
     sync_bn: bool = Field(False, description="synchronize batch norm over processes")
+    val_every: Count = Field(1, description="epochs from one validation to the next; the last epoch always has one")
     save_minutes: Rate = Field(10.0, description="save the state this often, besides at the end of each epoch")
     resume: Literal["auto", "never"] = Field("auto", description="go on with an unfinished run found in the output")
     log_every: Count = Field(50, description="steps between two log lines where there is no terminal")

@@ -453,8 +453,8 @@ def _by_epoch(axes: Axes, study: Study, records: Records) -> None:
         curves = [r["by_epoch"] for r in _final(records, arm) if not r["diverged"]]
         if not curves:
             continue
-        columns = list(zip(*curves, strict=True))
-        epochs = range(1, len(columns) + 1)
+        validated = [(i, c) for i, c in enumerate(zip(*curves, strict=True), 1) if None not in c]
+        epochs, columns = zip(*validated, strict=True)
         (line,) = axes.plot(epochs, [100 * statistics.fmean(c) for c in columns], ".-", label=arm)
         lows, highs = [100 * min(c) for c in columns], [100 * max(c) for c in columns]
         axes.fill_between(epochs, lows, highs, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -172,12 +173,12 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     write_atomically(folder / "metrics.csv", text.getvalue().encode())
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv; none if there is no such file."""
+def read_metrics(folder: Path) -> list[dict[str, float | None]]:
+    """The rows of metrics.csv, None where an epoch had no validation; no rows if there is no such file."""
     if not (folder / "metrics.csv").is_file():
         return []
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def write_curves(folder: Path, history: list[dict[str, Any]], title: str) -> None:
@@ -187,14 +188,18 @@ def write_curves(folder: Path, history: list[dict[str, Any]], title: str) -> Non
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in history]
-    marker = "o" if len(epochs) < 3 else None
-    loss.plot(epochs, [row["train_loss"] for row in history], label="training", marker=marker)
-    loss.plot(epochs, [row["val_loss"] for row in history], label="validation", marker=marker)
-    accuracy.plot(epochs, [100 * row["train_top1"] for row in history], label="training", marker=marker)
-    accuracy.plot(epochs, [100 * row["val_top1"] for row in history], label="validation", marker=marker)
+
+    def plot(axis: Axes, key: str, label: str, scale: float = 1.0) -> None:
+        rows = [row for row in history if row[key] is not None]
+        epochs, values = [row["epoch"] for row in rows], [scale * row[key] for row in rows]
+        axis.plot(epochs, values, label=label, marker="o" if len(rows) < 3 else None)
+
+    plot(loss, "train_loss", "training")
+    plot(loss, "val_loss", "validation")
+    plot(accuracy, "train_top1", "training", 100)
+    plot(accuracy, "val_top1", "validation", 100)
     if "ema_top1" in history[0]:
-        accuracy.plot(epochs, [100 * row["ema_top1"] for row in history], label="validation, EMA", marker=marker)
+        plot(accuracy, "ema_top1", "validation, EMA", 100)
     loss.set(xlabel="epoch", ylabel="cross-entropy (nats)", title="Loss")
     accuracy.set(xlabel="epoch", ylabel="top-1 (%)", title="Accuracy")
     for axis in (loss, accuracy):
