@@ -35,6 +35,7 @@ def _arguments() -> argparse.Namespace:
     inspect.add_argument("name", help="model name, such as risotto_resnet20")
     inspect.add_argument("--init", default="risotto", help=f"scheme: {', '.join(SCHEMES)} (default: risotto)")
     inspect.add_argument("--alpha", type=float, help="weight of the branches at the start (default: the scheme's)")
+    inspect.add_argument("--rotated-pairs", type=int, metavar="N", help="pairs that an identity skip's block rotates")
     inspect.add_argument("--seed", type=int, default=0, help="seed of weights and random images (default: 0)")
     inspect.add_argument(
         "--image", nargs="+", type=Path, metavar="FILE", help="measure on these images, not on random ones"
@@ -127,7 +128,8 @@ def inspect_model(args: argparse.Namespace) -> int:
     if not args.name.startswith("risotto_"):
         create_model(args.name)  # an unknown name is told with the nearest ones
         raise UserError(f"{args.name} is not a model of this zoo; see risotto-zoo list")
-    model = create_model(args.name, init=args.init, alpha=args.alpha, seed=args.seed).eval()
+    start = {"init": args.init, "alpha": args.alpha, "rotated_pairs": args.rotated_pairs, "seed": args.seed}
+    model = create_model(args.name, **start).eval()
     reduction = model.feature_info[-1]["reduction"]
     images = _read(args.image, model) if args.image else _random_images(model, 4 * reduction, args.seed)
     function = signal_map(model)
@@ -142,6 +144,7 @@ def inspect_model(args: argparse.Namespace) -> int:
     blocks = signal_by_block(model, images)
 
     alpha = "" if args.alpha is None else f", alpha={args.alpha:g}"
+    alpha += "" if args.rotated_pairs is None else f", rotated_pairs={args.rotated_pairs}"
     what = f"{args.name}, init={args.init}{alpha}, {'x'.join(map(str, images.shape[1:]))} images"
     print(what)
     print(

@@ -55,6 +55,7 @@ def test_inspect_an_image_by_probes(command, tmp_path):
         (["inspect", "resnet18"], "not a model of this zoo"),
         (["inspect", "risotto_resnet20", "--init", "hee"], "did you mean 'he'"),
         (["inspect", "risotto_resnet20", "--alpha", "0"], "alpha=0"),
+        (["inspect", "risotto_resnet20", "--rotated-pairs", "0"], "rotated_pairs is 0"),
         (["inspect", "risotto_resnet20", "--image", "nowhere.png"], "the file does not exist"),
         (["inspect", "risotto_resnet20", "--output", "/no/where.png"], "cannot be written"),
         (["inspect", "risotto_resnet110", "--init", "he", "--alpha", "100"], "no finite signal"),

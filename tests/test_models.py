@@ -262,6 +262,8 @@ def test_a_head_is_adapted_as_timms_scripts_ask_for_it(options, tmp_path):
         ({"skip": "none"}, "skip must be one of"),
         ({"alpha": 0.0}, "alpha=0"),
         ({"init": "he", "alpha": float("nan")}, "not a finite number"),
+        ({"rotated_pairs": 0}, "rotated_pairs is 0"),
+        ({"init": "skipinit", "rotated_pairs": 2}, "is of init='risotto', not of 'skipinit'"),
         ({"output_stride": 3}, "output_stride must be one of"),
         ({"layers": (1, 1), "channels": (16, 32, 64)}, "one to four"),
         ({"layers": (1,), "channels": (16,)}, "two blocks"),

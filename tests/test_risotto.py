@@ -43,7 +43,18 @@ def test_every_model_without_norm_is_isometric(name, dtype, tolerance):
 @pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet50_cifar"])
 @pytest.mark.parametrize(
     "options",
-    [{"in_chans": 1}, {"in_chans": 12}, {"num_classes": 17}, {"num_classes": 500}, {"alpha": 0.5}, {"alpha": -2.0}],
+    [
+        {"in_chans": 1},
+        {"in_chans": 12},
+        {"num_classes": 17},
+        {"num_classes": 500},
+        {"alpha": 0.5},
+        {"alpha": -2.0},
+        {"rotated_pairs": 1},
+        {"rotated_pairs": 2, "alpha": 0.1},
+        {"rotated_pairs": 9},
+        {"rotated_pairs": 1000},
+    ],
 )
 def test_odd_cases_are_isometric(name, options):
     model = timm.create_model(name, seed=0, dtype=torch.float64, **options)
@@ -236,6 +247,26 @@ def test_a_signal_that_fills_its_channels_may_narrow():
         RisottoResNet(BasicBlock, (1, 1), (16, 8), **{**options, "in_chans": 3})
 
 
+@pytest.mark.parametrize("name", ["risotto_resnet56", "risotto_resnet50_cifar"])
+def test_a_block_that_rotates_few_pairs_passes_all_others(name):
+    model = timm.create_model(name, seed=0, rotated_pairs=2, dtype=torch.float64).eval()
+    subsets = set()
+    for block in model.layer3[1:]:
+        width = block.conv1.in_channels
+        x = torch.relu(torch.randn(3, width // 2, 4, 4, dtype=torch.float64))
+        x = torch.cat([x * (torch.rand_like(x) < 0.5), torch.zeros_like(x)], dim=1)
+        x = torch.where(torch.rand(3, width // 2, 4, 4).repeat(1, 2, 1, 1) < 0.5, x, x.roll(width // 2, 1))
+        y = block(x)
+        moved = ((y - x).abs().amax((0, 2, 3)) > 1e-9).nonzero().flatten().tolist()
+        assert len({channel % (width // 2) for channel in moved}) == 2
+        torch.testing.assert_close(y.norm(), x.norm())
+        subsets.add(tuple(moved))
+    assert len(subsets) > 1
+    every = timm.create_model(name, seed=0).state_dict()
+    for key, value in timm.create_model(name, seed=0, rotated_pairs=1000).state_dict().items():
+        assert torch.equal(value, every[key]), key
+
+
 def test_impossible_alphas_and_generators_are_refused():
     model = timm.create_model("risotto_resnet20")
     before = model.state_dict()["conv1.weight"].clone()
@@ -243,6 +274,9 @@ def test_impossible_alphas_and_generators_are_refused():
         risotto_(model, alpha=0.0)
     with pytest.raises(ValueError, match="not a finite number"):
         risotto_(model, alpha=float("nan"))
+    for pairs in (0, -1, 0.5, True, "2"):
+        with pytest.raises(ValueError, match="not a number of pairs"):
+            risotto_(model, rotated_pairs=pairs)
     with pytest.raises(ValueError, match="neither an alpha"):
         risotto_(timm.create_model("resnet18", norm_layer=nn.Identity, zero_init_last=False), alpha=0.5)
     with pytest.raises(ValueError, match="neither an alpha"):

@@ -157,7 +157,7 @@ def _check_plain(config: dict[str, Any], state: dict[str, Tensor], run: Path) ->
     name = config["architecture"]
     if not name.startswith("risotto_") or not timm.is_model(name):
         raise UserError(f"{run}: {name} is not a model of this zoo")
-    structural = sorted(config["model_args"].keys() - {"init", "alpha", *OF_TRAINING})
+    structural = sorted(config["model_args"].keys() - {"init", "alpha", "rotated_pairs", *OF_TRAINING})
     if structural:
         raise UserError(
             f"{run} changed {', '.join(structural)} of {name} in model_args: a release must load by its name alone; "

@@ -61,35 +61,54 @@ def projection_block(widths: list[int], alpha: float, generator: Rng = None) -> 
     return [looks_linear(u) for u in us], looks_linear(m - alpha * product)
 
 
-def identity_basic_block(channels: int, alpha: float, generator: Rng = None) -> list[Tensor]:
+def rotation(pairs: int, rotated: int | None = None, generator: Rng = None) -> Tensor:
+    """LL(M) - I on a random subset of so many pairs, all if None, and zero elsewhere, shape (2 pairs, 2 pairs).
+
+    Added to the identity it maps the subset's signal by M, and leaves the others, which are nonnegative, to the skip.
+    """
+    if rotated is None or rotated >= pairs:
+        m = looks_linear(semi_orthogonal(pairs, pairs, generator))
+        return m - torch.eye(2 * pairs).to(m)
+    chosen = torch.randperm(pairs, generator=generator)[:rotated]
+    channels = torch.cat([chosen, chosen + pairs])
+    result = torch.zeros(2 * pairs, 2 * pairs, dtype=torch.float64)
+    result[channels[:, None], channels] = rotation(rotated, None, generator)
+    return result
+
+
+def identity_basic_block(
+    channels: int, alpha: float, generator: Rng = None, rotated: int | None = None
+) -> list[Tensor]:
     """The two branch matrices of a basic block with an identity skip (the paper's type B; construction ours).
 
-    W_1 = LL(P), P a signed permutation, passes x through its ReLU as Q x; W_2 = (LL(M) - I) Q^T / alpha then makes
-    alpha f + x = LL(M) x. Both of shape (N, N). alpha must not be 0.
+    W_1 = LL(P), P a signed permutation, passes x through its ReLU as Q x; W_2 = R Q^T / alpha with the rotation
+    R = LL(M) - I then makes alpha f + x = LL(M) x. Both of shape (N, N). alpha must not be 0. With `rotated` pairs R is
+    zero outside a random subset of so many, which the skip then passes, as in a bottleneck.
     """
     p = signed_permutation(channels // 2, generator)
-    m = looks_linear(semi_orthogonal(channels // 2, channels // 2, generator))
-    return [looks_linear(p), _columns_permuted(m - torch.eye(channels).to(m), p) / alpha]
+    return [looks_linear(p), _columns_permuted(rotation(channels // 2, rotated, generator), p) / alpha]
 
 
-def identity_bottleneck_block(channels: int, width: int, alpha: float, generator: Rng = None) -> list[Tensor]:
+def identity_bottleneck_block(
+    channels: int, width: int, alpha: float, generator: Rng = None, rotated: int | None = None
+) -> list[Tensor]:
     """The three branch matrices of a bottleneck with an identity skip (beyond the paper).
 
     A random subset of n/2 of the N/2 pairs is rotated, n the bottleneck's width; the skip passes the others.
     W_1 = LL(P_1), P_1 the signed selection of the subset, shape (n, N); W_2 = LL(P_2), P_2 a signed permutation,
-    shape (n, n); W_3 = S^T (LL(M) - I) S Q_1^T Q_2^T / alpha with S the unsigned selection of the subset, shape (N, n):
-    its rows outside the subset are zero. alpha must not be 0.
+    shape (n, n); W_3 = S^T R S Q_1^T Q_2^T / alpha, shape (N, n), with the rotation R = LL(M) - I and S the unsigned
+    selection of the subset: its rows outside the subset are zero. alpha must not be 0. `rotated` pairs, if given, are
+    so many of the subset.
     """
     p1 = signed_selection(width // 2, channels // 2, generator)
     p2 = signed_permutation(width // 2, generator)
-    m = looks_linear(semi_orthogonal(width // 2, width // 2, generator))
+    r = rotation(width // 2, rotated, generator)
     # Row i of P_2 P_1 reads pair chosen[i] with sign signs[i]: the branch holds the subset permuted and signed.
     chain = p2 @ p1
     chosen = chain.abs().argmax(dim=1)
     signs = torch.diag(chain.sum(dim=1))
-    rotation = _columns_permuted(m - torch.eye(width).to(m), signs) / alpha
-    w3 = m.new_zeros(channels, width)
-    w3[torch.cat([chosen, chosen + channels // 2])] = rotation
+    w3 = r.new_zeros(channels, width)
+    w3[torch.cat([chosen, chosen + channels // 2])] = _columns_permuted(r, signs) / alpha
     return [looks_linear(p1), looks_linear(p2), w3]
 
 
@@ -105,7 +124,12 @@ def _columns_permuted(matrix: Tensor, p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def risotto_(model: nn.Module, alpha: float | None = None, generator: torch.Generator | None = None) -> nn.Module:
+def risotto_(
+    model: nn.Module,
+    alpha: float | None = None,
+    generator: torch.Generator | None = None,
+    rotated_pairs: int | None = None,
+) -> nn.Module:
     """Initialize a ResNet in place so that its input-output Jacobian on signals is exactly orthogonal.
 
     Works on the models of this package and on plain timm and torchvision ResNets, which it reads by their block and
@@ -121,17 +145,22 @@ def risotto_(model: nn.Module, alpha: float | None = None, generator: torch.Gene
         alpha: Weight of the residual branch at the start, 1 if None. 0 (the skip alone) needs a projection skip in
             every block.
         generator: Source of randomness, a CPU generator; the global one if None.
+        rotated_pairs: How many pairs of channels a block with an identity skip rotates, a random subset of its own; all
+            that its branch is wide enough for if None. Fewer make branches of smaller kernels, and so steps of training
+            that change a deep net less, at the same isometry. Blocks with a projection skip rotate all.
     Returns:
         The same model.
     Raises:
         ValueError: If the network cannot be initialized exactly (the message names the module and the reason), or if
-            alpha or the generator does not fit. No weight has changed then.
+            alpha, the generator or rotated_pairs does not fit. No weight has changed then.
 
     Source: arXiv 2210.02411 for the method; section 1 of the design for what goes beyond it.
     """
     structure = resnet_structure(model)
     alpha = 1.0 if alpha is None else alpha
     check_arguments(structure, alpha, generator)
+    if rotated_pairs is not None and (type(rotated_pairs) is not int or rotated_pairs < 1):
+        raise ValueError(f"rotated_pairs is {rotated_pairs!r}, not a number of pairs from 1")
     for block in structure.blocks:
         _check_block(block, alpha)
     _check_widths(model, structure)
@@ -146,7 +175,7 @@ def risotto_(model: nn.Module, alpha: float | None = None, generator: torch.Gene
     for conv in others:
         delta_kernel_(conv, layer_matrix(conv.out_channels, conv.in_channels, generator))
     for block in structure.blocks:
-        _write_block(block, alpha, generator)
+        _write_block(block, alpha, generator, rotated_pairs)
     if structure.head is not None:
         risotto_head_(structure.head, features, generator)
     return model
@@ -190,16 +219,16 @@ def _check_block(block: Block, alpha: float) -> None:
         raise ValueError(f"{block.name}: inner widths {inner} of a bottleneck must be equal and at most {channels}")
 
 
-def _write_block(block: Block, alpha: float, generator: Rng) -> None:
+def _write_block(block: Block, alpha: float, generator: Rng, rotated: int | None) -> None:
     channels, width = block.convs[0].in_channels, block.convs[0].out_channels
     if block.skip is not None:
         widths = [channels] + [conv.out_channels for conv in block.convs]
         matrices, skip = projection_block(widths, alpha, generator)
         delta_kernel_(block.skip, skip)
     elif len(block.convs) == 2:
-        matrices = identity_basic_block(channels, alpha, generator)
+        matrices = identity_basic_block(channels, alpha, generator, rotated)
     else:
-        matrices = identity_bottleneck_block(channels, width, alpha, generator)
+        matrices = identity_bottleneck_block(channels, width, alpha, generator, rotated)
     for conv, matrix in zip(block.convs, matrices, strict=True):
         delta_kernel_(conv, matrix)
     if block.gain is not None:

@@ -33,6 +33,7 @@ class RisottoResNet(timm_resnet.ResNet):
         init: Initialization scheme, a key of `risotto_zoo.initializers.SCHEMES`; None leaves the weights undefined, for
             loading a checkpoint.
         alpha: Weight of every residual branch at the start; the scheme's own (1, or 0 for SkipInit and ReZero) if None.
+        rotated_pairs: RISOTTO alone: how many pairs of channels a block with an identity skip rotates; all if None.
         seed: Seed of the initialization; the global generator is used if None.
 
     Raises:
@@ -55,6 +56,7 @@ class RisottoResNet(timm_resnet.ResNet):
         drop_path_rate: float = 0.0,
         init: str | None = "risotto",
         alpha: float | None = None,
+        rotated_pairs: int | None = None,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -74,7 +76,10 @@ class RisottoResNet(timm_resnet.ResNet):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
+        if rotated_pairs is not None and init not in ("risotto", None):
+            raise ValueError(f"rotated_pairs is of init='risotto', not of {init!r}; leave it out")
         self.init, self.alpha_init, self.seed = init, alpha, seed
+        self.rotated_pairs = rotated_pairs
 
         # Parameters are allocated once and written once: everything is built without storage, then initialized.
         # Modules are registered in the order of the forward pass, which timm's feature extraction relies on.
@@ -128,11 +133,12 @@ class RisottoResNet(timm_resnet.ResNet):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialize all weights by the scheme, alpha and seed the net was made with."""
+        """Initialize all weights by the scheme and its arguments that the net was made with."""
         if self.conv1.weight.is_meta or self.init is None:
             return
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        SCHEMES[self.init](self, self.alpha_init, generator)
+        more = {} if self.rotated_pairs is None else {"rotated_pairs": self.rotated_pairs}
+        SCHEMES[self.init](self, self.alpha_init, generator, **more)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, as in timm; the new one is semi-orthogonal on the signal (RISOTTO's head)."""
