@@ -104,6 +104,23 @@ def test_kernels_decay_and_vectors_do_not(model, name, other):
             assert bool(group.get("use_fallback")) == (parameter.ndim != 4 or ends), key
 
 
+@pytest.mark.parametrize(("amp", "single"), [(None, True), ("bfloat16", False)])
+def test_the_recipe_and_not_the_machine_says_in_what_format_muon_orthogonalizes(amp, single):
+    """An orthogonalized update does not depend on the gradient's scale, but for rounding."""
+    moved = []
+    for scale in (1.0, 3.0):
+        net = timm.create_model("risotto_resnet20", num_classes=10, seed=0)
+        kernel = net.layer1[0].conv1.weight
+        before = kernel.detach().clone()
+        optimizer = build_optimizer(net, recipe({"name": "muon", "lr": 1.0}, amp=amp))
+        for parameter in net.parameters():
+            parameter.grad = scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        moved.append(kernel.detach() - before)
+    difference = (moved[0] - moved[1]).abs().max() / moved[0].abs().max()
+    assert (difference < 1e-5) if single else (difference > 1e-4)
+
+
 @pytest.mark.parametrize(
     ("schedule", "share"),
     [

@@ -27,6 +27,7 @@ from training.data import View
 from training.distributed import World
 from training.pipelines import build_pipeline
 from training.recipe import load_recipe
+from training.run_folder import read_metrics
 
 REPOSITORY = Path(__file__).parent.parent
 # A net of 9 blocks on 8-pixel digits: an epoch of 11 steps takes about a second.
@@ -460,6 +461,18 @@ def test_settings_train_and_give_a_plain_model(settings, command, tmp_path):
         assert [scalar.value for scalar in events.Scalars("val_top1")] == pytest.approx(
             [float(row["val_top1"]) for row in history]
         )
+
+
+def test_rare_validation_changes_no_weight_and_leaves_gaps(finished, command, tmp_path):
+    more = ["--set", "epochs=3", "--set", "val_every=2", "--set", "tensorboard=true"]
+    result = command(train.main, "--recipe", "digits", *TINY, *more, "--output", tmp_path / "run", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert same(weights(tmp_path / "run"), weights(finished))
+    rare, each = read_metrics(tmp_path / "run"), read_metrics(finished)
+    assert [row["val_top1"] for row in rare] == [None, each[1]["val_top1"], each[2]["val_top1"]]
+    assert [row["train_loss"] for row in rare] == [row["train_loss"] for row in each]
+    lines = [line for line in result.err.splitlines() if line.startswith("epoch ")]
+    assert ["validation loss" in line for line in lines] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet50_cifar"])
