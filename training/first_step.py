@@ -23,6 +23,9 @@ from .recipe import validate
 FOLDER = Path(__file__).parent / "studies" / "first_step"
 SCHEMES = {
     "RISOTTO": {},
+    "RISOTTO, alpha 0.1": {"alpha": 0.1},
+    "RISOTTO, one pair rotated": {"rotated_pairs": 1},
+    "RISOTTO, one pair rotated, alpha 0.1": {"rotated_pairs": 1, "alpha": 0.1},
     "RISOTTO, projection skips": {"model": "risotto_resnet20_c"},
     "He": {"init": "he"},
     "Fixup": {"init": "fixup"},
@@ -65,19 +68,19 @@ def conduct(source: Path) -> dict[str, Any]:
 
 
 def measure(
-    scheme: dict[str, str], layers: tuple[int, ...], seed: int, images: Tensor, targets: Tensor
+    scheme: dict[str, Any], layers: tuple[int, ...], seed: int, images: Tensor, targets: Tensor
 ) -> dict[str, float]:
     """Change of the last feature map by the first step of Muon, relative to its norm.
 
     Args:
-        scheme: `model` and `init` of timm.create_model, where they are not RISOTTO's on a ResNet of identity skips.
+        scheme: `model` and arguments of timm.create_model, where they are not RISOTTO's on a ResNet of identity skips.
         images: Normalized, shape (B, 3, 32, 32); targets of shape (B,).
 
     Returns:
         The change by all parameters together ("all") and by each kind of KINDS with the others held still.
     """
-    made = {"model": "risotto_resnet20", "init": "risotto", **scheme}
-    model = timm.create_model(made["model"], layers=layers, init=made["init"], seed=seed)
+    arguments = {"layers": layers, "seed": seed, **scheme}
+    model = timm.create_model(arguments.pop("model", "risotto_resnet20"), **arguments)
     optimizer = build_optimizer(
         model, validate({"optimizer": {"name": "muon", "lr": RATE, "momentum": 0.95}}, "first_step")
     )
@@ -133,7 +136,7 @@ def _finding(rows: list[dict[str, Any]]) -> str:
     told = [
         f"{scheme} changes {growth(scheme, 'kernels'):.1f} times as much by its kernels and "
         f"{growth(scheme, 'vectors'):.1f} times by its biases"
-        for scheme in ("RISOTTO", "RISOTTO, projection skips", "He")
+        for scheme in ("RISOTTO", "RISOTTO, one pair rotated, alpha 0.1", "RISOTTO, projection skips", "He")
     ]
     return f"From {least} to {most} layers, which have {most / least:.1f} times the depth, {'; '.join(told)}."
 
