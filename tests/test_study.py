@@ -210,7 +210,8 @@ def test_the_committed_first_step_study_says_what_it_measured():
     kernels = {row["depth"]: sum(row["kernels"]) / 3 for row in stored["rows"] if row["scheme"] == "RISOTTO"}
     text = first_step.section(stored)
     assert f"RISOTTO changes {kernels[110] / kernels[20]:.1f} times as much by its kernels" in text
-    assert f"| RISOTTO | 110 | {sum(stored['rows'][10]['all']) / 3:.2f} (" in text
+    for row in stored["rows"]:
+        assert f"| {row['scheme']} | {row['depth']} | {sum(row['all']) / 3:.2f} (" in text
 
 
 @pytest.mark.parametrize("name", ["propagation", "first_step"])
