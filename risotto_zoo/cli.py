@@ -143,9 +143,8 @@ def inspect_model(args: argparse.Namespace) -> int:
         values, how = probed_singular_values(function, images[0], PROBES), f"{PROBES} random probes of the"
     blocks = signal_by_block(model, images)
 
-    alpha = "" if args.alpha is None else f", alpha={args.alpha:g}"
-    alpha += "" if args.rotated_pairs is None else f", rotated_pairs={args.rotated_pairs}"
-    what = f"{args.name}, init={args.init}{alpha}, {'x'.join(map(str, images.shape[1:]))} images"
+    given = "".join(f", {key}={start[key]:g}" for key in ("alpha", "rotated_pairs") if start[key] is not None)
+    what = f"{args.name}, init={args.init}{given}, {'x'.join(map(str, images.shape[1:]))} images"
     print(what)
     print(
         f"signal Jacobian, {how} non-zero singular values: {len(values)} from {values.min():.6g} to {values.max():.6g}"
