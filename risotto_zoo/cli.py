@@ -43,7 +43,7 @@ def _arguments() -> argparse.Namespace:
     inspect.add_argument(
         "--exact", action="store_true", help=f"all singular values, where the default is {PROBES} random probes"
     )
-    inspect.add_argument("--output", type=Path, help="the figure (default: NAME-INIT.png)")
+    inspect.add_argument("--output", type=Path, help="the figure (default: NAME-INIT[-alpha=...].png)")
 
     predict_ = commands.add_parser("predict", help="what a trained model sees in images")
     predict_.add_argument("image", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
@@ -143,8 +143,8 @@ def inspect_model(args: argparse.Namespace) -> int:
         values, how = probed_singular_values(function, images[0], PROBES), f"{PROBES} random probes of the"
     blocks = signal_by_block(model, images)
 
-    given = "".join(f", {key}={start[key]:g}" for key in ("alpha", "rotated_pairs") if start[key] is not None)
-    what = f"{args.name}, init={args.init}{given}, {'x'.join(map(str, images.shape[1:]))} images"
+    given = [f"{key}={start[key]:g}" for key in ("alpha", "rotated_pairs") if start[key] is not None]
+    what = f"{', '.join([args.name, f'init={args.init}', *given])}, {'x'.join(map(str, images.shape[1:]))} images"
     print(what)
     print(
         f"signal Jacobian, {how} non-zero singular values: {len(values)} from {values.min():.6g} to {values.max():.6g}"
@@ -153,7 +153,7 @@ def inspect_model(args: argparse.Namespace) -> int:
     print(f"\n{'block':12} {'signal norm':>12} {'similarity':>11}")
     for block in _thinned(blocks, 24):
         print(f"{block.name:12} {block.norm:12.5g} {block.similarity:11.6f}")
-    output = args.output or Path(f"{args.name}-{args.init}.png")
+    output = args.output or Path("-".join([args.name, args.init, *given]) + ".png")
     try:
         _plot(values, blocks, what).savefig(output, dpi=120)
     except (OSError, ValueError) as error:

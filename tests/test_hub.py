@@ -763,6 +763,16 @@ def test_a_release_replaces_nothing_but_a_release(run, tmp_path, command):
     assert json.loads((mine / "results.json").read_text())["version"] == 1
 
 
+def test_a_net_with_the_biases_of_fixup_is_told_why_it_is_no_release(run, tmp_path, command):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    config = json.loads((other / "config.json").read_text())
+    config["model_args"]["init"] = "fixup"
+    (other / "config.json").write_text(json.dumps(config))
+    result = command(release.main, other, "--tag", "digits", "--output", tmp_path / "out")
+    assert "scalar biases" in one_line(result) and not (tmp_path / "out").exists()
+
+
 def test_baselines_must_have_had_the_same_data_and_budget(run, tmp_path, command):
     other = tmp_path / "other"
     other.mkdir()

@@ -27,6 +27,7 @@ ELSEWHERE = {  # commands that run somewhere else, and where
     "python3 -m venv": "in CI",
     ".venv/bin/python": "in CI",
     "torchrun": "with two processes in test_training.py",
+    "export TORCH": "with two of torchrun in test_training.py",
     "python train.py": "in a checkout of timm",
     "python validate.py": "in a checkout of timm",
     "python benchmark.py": "in a checkout of timm",

@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 
 from risotto_zoo.initializers import he_, risotto_
+from risotto_zoo.initializers.risotto import identity_basic_block
 from risotto_zoo.isometry import probed_singular_values, signal_by_block, signal_map, singular_values
 from risotto_zoo.models import BasicBlock, Bottleneck, RisottoResNet
 
@@ -264,6 +265,15 @@ def test_a_block_that_rotates_few_pairs_passes_all_others(name):
     every = timm.create_model(name, seed=0).state_dict()
     for key, value in timm.create_model(name, seed=0, rotated_pairs=1000).state_dict().items():
         assert torch.equal(value, every[key]), key
+
+
+def test_the_default_device_does_not_matter():
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    here = identity_basic_block(8, 1.0, seeds[0], rotated=1)
+    with torch.device("meta"):
+        elsewhere = identity_basic_block(8, 1.0, seeds[1], rotated=1)
+    for a, b in zip(here, elsewhere, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_impossible_alphas_and_generators_are_refused():

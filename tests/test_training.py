@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,17 @@ def test_a_run_is_not_resumed_on_other_images(photo_folder, tmp_path, command):
     assert result.code == 2 and "have changed since" in result.err
 
 
+def test_a_run_is_not_resumed_on_images_prepared_otherwise(command, tmp_path, monkeypatch):
+    """A net's release may bring another size or another mean with it."""
+    options = ["--recipe", "digits", *TINY, "--output", tmp_path / "run"]
+    assert here(command, *options).code == 0
+    (tmp_path / "run" / "results.json").unlink()
+    before = engine._registered_config
+    monkeypatch.setattr(engine, "_registered_config", lambda name: {**before(name), "mean": (0.5, 0.5, 0.5)})
+    result = here(command, *options)
+    assert result.code == 2 and "have changed since" in result.err
+
+
 @pytest.mark.parametrize("name", ["lamb", "adan", "lion", "adamw", "sgd", "muon"])
 def test_every_optimizer_resumes_exactly(name, tmp_path):
     """Two steps, saved and restored into another optimizer, then a third of both: the same parameters."""
@@ -428,6 +440,17 @@ def test_two_processes_do_not_train_in_one_folder(command, tmp_path, monkeypatch
         result = command(train.main, *options)
     assert result.code == 2 and "another process is training in" in result.err
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_run_that_another_process_begins_meanwhile_is_not_gone_on_with(command, tmp_path, monkeypatch):
+    @contextmanager
+    def late(folder):
+        (folder / "recipe.yaml").write_text("seed: 1\n")
+        yield
+
+    monkeypatch.setattr(engine.run_folder, "locked", late)
+    result = here(command, "--recipe", "digits", *TINY, "--output", tmp_path / "run")
+    assert result.code == 2 and "unfinished run of another recipe" in result.err
 
 
 # --- options of the engine
@@ -661,14 +684,17 @@ def test_streaming_trains_on_a_folder_and_resumes_exactly(workers, photo_folder,
 # --- several processes
 
 
-def torchrun(*args, processes=2, restarts=0, program=("-m", "training.train")):
+def free_port():
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def torchrun(*args, processes=2, restarts=0, program=("-m", "training.train"), meeting=(), **variables):
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--max-restarts={restarts}",
-        f"--master-port={port}", *map(str, program), *map(str, args),
+        *(meeting or [f"--master-port={free_port()}"]), *map(str, program), *map(str, args),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **variables}
     return subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -695,12 +721,14 @@ def test_two_processes_train_what_one_trains(command, tmp_path):
 
 
 def test_running_statistics_are_those_of_all_processes(command, tmp_path):
-    options = [*FIFTY_STEPS, "--set", "model=risotto_resnet20_bn", "--set", "epochs=1"]
-    options += ["--set", "warmup_epochs=0", "--set", "optimizer.lr=1e-12"]
-    assert command(train.main, *options, "--output", tmp_path / "one").code == 0
-    two = torchrun(*options, "--output", tmp_path / "two")
-    _, err = two.communicate(timeout=300)
-    assert two.returncode == 0, err
+    """In what an epoch leaves behind, even if it had no validation."""
+    options = [*FIFTY_STEPS, "--set", "model=risotto_resnet20_bn", "--set", "warmup_epochs=0"]
+    options += ["--set", "optimizer.lr=1e-12"]
+    assert command(train.main, *options, "--set", "epochs=1", "--output", tmp_path / "one").code == 0
+    killed = with_step(tmp_path / "program.py", "if at == 12 and not rank: os.kill(os.getpid(), signal.SIGKILL)")
+    options += ["--set", "epochs=2", "--set", "val_every=2"]
+    _, err = torchrun(*options, "--output", tmp_path / "two", program=killed).communicate(timeout=300)
+    assert "epoch 1/2" in err and "validation" not in err.rpartition("epoch 1/2")[2]
     # The stem's: behind it each process normalizes by its own part of the batch.
     first, second = (weights(tmp_path / name)["bn1.running_mean"] for name in ("one", "two"))
     torch.testing.assert_close(second, first, atol=1e-5, rtol=0)
@@ -719,6 +747,36 @@ def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
     assert process.returncode == 0, err
     assert "resumed at step 15" in err
     assert json.loads((tmp_path / "run" / "results.json").read_text())["finished"]
+
+
+def test_machines_meet_again_after_one_of_them_has_restarted(tmp_path):
+    """Each torchrun counts its own restarts, so the counts differ."""
+    count = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['GROUP_RANK'] == '1'"
+    program = with_step(tmp_path / "program.py", f"if at == 18 and {count}: os.kill(os.getpid(), signal.SIGKILL)")
+    meeting = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
+    options = [*FIFTY_STEPS, "--set", "save_minutes=1e-9", "--output", tmp_path / "run", "--overwrite"]
+    alone = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    machines = [
+        torchrun(*options, processes=1, restarts=1, program=program, meeting=meeting, **alone) for _ in range(2)
+    ]
+    told = "".join(machine.communicate(timeout=300)[1] for machine in machines)
+    assert [machine.returncode for machine in machines] == [0, 0], told
+    assert "resumed at step 15" in told
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["finished"]
+
+
+def test_processes_that_find_different_states_do_not_go_on(command, tmp_path):
+    (tmp_path / "first.py").write_text(
+        "import os\nfrom training import engine, train\n"
+        "if os.environ['RANK'] == '1': engine.load_state = lambda folder: None\ntrain.main()\n"
+    )
+    options = [*FIFTY_STEPS, "--output", tmp_path / "run"]
+    stop = with_step(tmp_path / "program.py", "if at == 12: os.kill(os.getpid(), signal.SIGTERM)")
+    torchrun(*options, program=stop).communicate(timeout=300)
+    process = torchrun(*options, program=(tmp_path / "first.py",))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and "must be on storage that all machines share" in err
+    assert engine.load_state(tmp_path / "run" / "state")[0] == 15
 
 
 def test_each_process_resumes_with_its_own_running_statistics(tmp_path):

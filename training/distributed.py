@@ -71,23 +71,27 @@ def join_world(device: str | None) -> World:
     else:
         chosen = choose_device(device)
     if size > 1:
-        # Restarted processes find the same store again, and in it the addresses of those that died.
         store, rank, size = next(rendezvous("env://"))
-        store = dist.PrefixStore(f"attempt-{restarts()}", store)
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
+            # Restarted processes find the same store again, and in it the addresses of those that died. On several
+            # machines each torchrun has a count of its own; there every attempt needs a new store (see the README).
+            store = dist.PrefixStore(f"attempt-{_restarts()}", store)
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         return World(dist.get_rank(), dist.get_world_size(), chosen)
     return World(0, 1, chosen)
 
 
-def restarts() -> int:
-    """How often torchrun has restarted this run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def launched() -> float:
-    """When the program that started this process, torchrun, was started itself, in seconds since 1970."""
+def launched() -> float | None:
+    """When torchrun was started, in seconds since 1970, if this may be another attempt than its first one."""
+    if _restarts() == 0 and int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:
+        return None
     return psutil.Process(os.getppid()).create_time()
+
+
+def _restarts() -> int:
+    """How often this machine's torchrun has restarted its processes."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def leave_world() -> None:

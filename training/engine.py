@@ -1,5 +1,6 @@
 """The training loop: from a recipe and an output folder to a trained model folder, whatever interrupts it."""
 
+import json
 import signal
 import sys
 import time
@@ -43,8 +44,8 @@ class Diverged(Exception):
     """The loss stopped being a number."""
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop; the argument is its number."""
+class Stopped(BaseException):
+    """A signal asked the run to stop; the argument is its number. Like KeyboardInterrupt it is nobody's error."""
 
 
 @dataclass
@@ -100,6 +101,8 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         if world.main:
             run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
             held.enter_context(run_folder.locked(output))
+            # Another process may have begun, and ended, a run there before the lock was free.
+            run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
         trainer = build(recipe, output, world)
         if number := world.largest(stop.number):
             raise Stopped(number)
@@ -250,6 +253,9 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     outcome = None
     while len(progress.history) < recipe.epochs:
         _train_epoch(trainer, module, stop)
+        if world.size > 1:  # one net for all: running statistics are each process's own while training
+            for net in _nets(trainer):
+                distribute_bn(net, world.size, reduce=True)
         epoch = len(progress.history) + 1
         outcome = None
         if epoch % recipe.val_every == 0 or epoch == recipe.epochs:
@@ -371,11 +377,12 @@ def _validate(trainer: Trainer, stop: "_StopSignals") -> list[Evaluation]:
                 raise Stopped(stop.number)
             yield batch
 
-    nets = [trainer.model] + ([trainer.ema.module] if trainer.ema is not None else [])
-    if world.size > 1:  # one net for all: running statistics are each process's own while training
-        for net in nets:
-            distribute_bn(net, world.size, reduce=True)
-    return [evaluate(net, batches(), world.sum) for net in nets]
+    return [evaluate(net, batches(), world.sum) for net in _nets(trainer)]
+
+
+def _nets(trainer: Trainer) -> list[nn.Module]:
+    """The net and, if there is one, that of averaged weights."""
+    return [trainer.model] + ([trainer.ema.module] if trainer.ema is not None else [])
 
 
 def _row(trainer: Trainer, outcome: list[Evaluation] | None) -> dict[str, Any]:
@@ -422,8 +429,8 @@ def _check_finite(trainer: Trainer, bad_step: Tensor) -> None:
 
 def _statistics(trainer: Trainer) -> list[Tensor]:
     """Running means and variances, which are each process's own while it trains."""
-    nets = [trainer.model] + ([trainer.ema.module] if trainer.ema is not None else [])
-    return [b for net in nets for name, b in net.named_buffers() if name.endswith(("running_mean", "running_var"))]
+    named = [pair for net in _nets(trainer) for pair in net.named_buffers()]
+    return [buffer for name, buffer in named if name.endswith(("running_mean", "running_var"))]
 
 
 def _save(trainer: Trainer) -> None:
@@ -448,6 +455,8 @@ def _save(trainer: Trainer) -> None:
 
 def _resume(trainer: Trainer) -> None:
     found = load_state(trainer.output / "state")
+    step = None if found is None else found[0]
+    _check_agreement(trainer, -2 if step is None else step)
     if found is None:
         return
     step, tensors, facts, skipped = found
@@ -460,8 +469,8 @@ def _resume(trainer: Trainer) -> None:
         return
     if facts["data"] != _data_facts(trainer):
         raise UserError(
-            f"the images or classes of {trainer.recipe.data.source} have changed since {trainer.output} was begun; "
-            "pass --overwrite to start again"
+            f"the images or classes of {trainer.recipe.data.source}, or the size, crop, mean and deviation with which "
+            f"the net sees them, have changed since {trainer.output} was begun; pass --overwrite to start again"
         )
     trainer.model.load_state_dict(unprefixed("model.", tensors))
     if trainer.ema is not None:
@@ -480,8 +489,20 @@ def _resume(trainer: Trainer) -> None:
         say(f"resumed at step {step}, after {len(trainer.progress.history)} finished epochs")
 
 
+def _check_agreement(trainer: Trainer, step: int) -> None:
+    """All processes go on from one state, or none does; a disk that is not shared, or late, shows them several."""
+    newest, oldest = trainer.world.largest(step), -trainer.world.largest(-step)
+    if newest != oldest:
+        raise UserError(
+            f"the processes do not find the same state in {trainer.output / 'state'}; the output must be on storage "
+            "that all machines share. If it is, start again in a minute"
+        )
+
+
 def _data_facts(trainer: Trainer) -> list[Any]:
-    return [trainer.pipeline.train_size, trainer.pipeline.steps_per_epoch, trainer.pipeline.classes]
+    pipeline = trainer.pipeline
+    facts = [pipeline.train_size, pipeline.steps_per_epoch, pipeline.classes, asdict(trainer.view)]
+    return json.loads(json.dumps(facts))  # as they come back from a file
 
 
 def _export(trainer: Trainer) -> dict[str, str]:

@@ -157,6 +157,11 @@ def _check_plain(config: dict[str, Any], state: dict[str, Tensor], run: Path) ->
     name = config["architecture"]
     if not name.startswith("risotto_") or not timm.is_model(name):
         raise UserError(f"{run}: {name} is not a model of this zoo")
+    if config["model_args"].get("init") == "fixup":
+        raise UserError(
+            f"{run} started by Fixup, with scalar biases that {name} does not have by its name alone; the run folder "
+            "itself can be loaded, as local-dir:FOLDER"
+        )
     structural = sorted(config["model_args"].keys() - {"init", "alpha", "rotated_pairs", *OF_TRAINING})
     if structural:
         raise UserError(

@@ -86,7 +86,9 @@ def locked(folder: Path) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > patience:
-                    raise UserError(f"another process is training in {folder}; choose another with --output") from None
+                    raise UserError(
+                        f"another process is training in {folder}; wait for it, or choose another folder"
+                    ) from None
                 time.sleep(0.2)
                 continue
             except OSError:  # a disk that cannot lock, as some network disks

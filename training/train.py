@@ -8,7 +8,7 @@ from pathlib import Path
 
 from risotto_zoo.errors import exits_cleanly
 
-from .distributed import join_world, launched, leave_world, restarts
+from .distributed import join_world, launched, leave_world
 from .engine import DIVERGED, Diverged, Stopped, train
 from .recipe import load_recipe, recipe_names
 from .run_folder import begun_since
@@ -43,9 +43,12 @@ def main() -> int:
     output = args.output or Path("runs") / Path(args.recipe).stem
     code = 0
     try:
-        # After a restart by torchrun, what its first attempt left in the folder is this run's own.
-        ours = restarts() > 0 and begun_since(output, launched())
-        train(recipe, output, join_world(args.device), args.overwrite and not ours, args.resume or ours)
+        world = join_world(args.device)
+        # After a restart by torchrun, what its first attempt left in the folder is this run's own. Of several machines
+        # one may have joined later, so it is enough that one knows.
+        moment = launched()
+        ours = bool(world.largest(int(moment is not None and begun_since(output, moment))))
+        train(recipe, output, world, args.overwrite and not ours, args.resume or ours)
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         code = DIVERGED

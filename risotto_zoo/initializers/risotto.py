@@ -1,7 +1,8 @@
 """RISOTTO: exact dynamical isometry for ReLU ResNets (Gadhikar and Burkholz, arXiv 2210.02411).
 
 The method (looks-linear orthogonal layers, a skip or branch that makes up the difference to an orthogonal map) is the
-paper's. The constructions for identity skips are this project's; the one for bottlenecks goes beyond the paper.
+paper's. The constructions for identity skips are this project's; the one for bottlenecks, and blocks that rotate some
+pairs only, go beyond the paper.
 """
 
 import itertools
@@ -68,10 +69,10 @@ def rotation(pairs: int, rotated: int | None = None, generator: Rng = None) -> T
     """
     if rotated is None or rotated >= pairs:
         m = looks_linear(semi_orthogonal(pairs, pairs, generator))
-        return m - torch.eye(2 * pairs).to(m)
-    chosen = torch.randperm(pairs, generator=generator)[:rotated]
+        return m - torch.eye(2 * pairs, device="cpu").to(m)
+    chosen = torch.randperm(pairs, generator=generator, device="cpu")[:rotated]
     channels = torch.cat([chosen, chosen + pairs])
-    result = torch.zeros(2 * pairs, 2 * pairs, dtype=torch.float64)
+    result = torch.zeros(2 * pairs, 2 * pairs, dtype=torch.float64, device="cpu")
     result[channels[:, None], channels] = rotation(rotated, None, generator)
     return result
 
@@ -154,7 +155,7 @@ def risotto_(
         ValueError: If the network cannot be initialized exactly (the message names the module and the reason), or if
             alpha, the generator or rotated_pairs does not fit. No weight has changed then.
 
-    Source: arXiv 2210.02411 for the method; section 1 of the design for what goes beyond it.
+    Source: arXiv 2210.02411 for the method; bottlenecks and rotated_pairs go beyond it (README, "The method").
     """
     structure = resnet_structure(model)
     alpha = 1.0 if alpha is None else alpha
