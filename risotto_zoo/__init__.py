@@ -3,5 +3,5 @@
 from . import models
 from .loading import Classifier, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Classifier", "__version__", "load", "models"]
