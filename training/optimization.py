@@ -63,9 +63,9 @@ def _orthogonalize_in(device: torch.device, amp: str | None) -> None:
     """Let timm's Muon run its Newton-Schulz iteration on CPUs in the number format of the training steps.
 
     timm has no option for it and takes bfloat16, which is eight times slower than float32 on a CPU that emulates it,
-    1.7 times on an Intel Xeon that has it but no AMX, and three times as fast on an AMD EPYC: for the same reasons and
-    on the same machines as it is slower or faster for the rest of the step. What decides is the recipe, not the
-    machine, so that a seed gives one result.
+    1.7 times on an Intel Xeon that has it but no AMX, and three times as fast on an AMD EPYC or an Intel Xeon with AMX:
+    for the same reasons and on the same machines as it is slower or faster for the rest of the step. What decides is
+    the recipe, not the machine, so that a seed gives one result.
     """
     original = getattr(timm.optim.muon.zeropower_via_newtonschulz, "func", timm.optim.muon.zeropower_via_newtonschulz)
     single = device.type == "cpu" and amp != "bfloat16"
