@@ -26,8 +26,8 @@ TINY = ["epochs=1", "batch_size=8", "warmup_epochs=0", "data.image_size=8", "aug
 ELSEWHERE = {  # commands that run somewhere else, and where
     "python3 -m venv": "in CI",
     ".venv/bin/python": "in CI",
-    "torchrun": "with two processes in test_training.py",
-    "export TORCH": "with two of torchrun in test_training.py",
+    "torchrun": "with two processes in test_distributed.py",
+    "export TORCH": "with two of torchrun in test_distributed.py",
     "python train.py": "in a checkout of timm",
     "python validate.py": "in a checkout of timm",
     "python benchmark.py": "in a checkout of timm",

@@ -455,8 +455,7 @@ def _save(trainer: Trainer) -> None:
 
 def _resume(trainer: Trainer) -> None:
     found = load_state(trainer.output / "state")
-    step = None if found is None else found[0]
-    _check_agreement(trainer, -2 if step is None else step)
+    _check_agreement(trainer, -2 if found is None else found[0])
     if found is None:
         return
     step, tensors, facts, skipped = found
