@@ -80,8 +80,8 @@ def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path):
 
 def test_machines_meet_again_after_one_of_them_has_restarted(tmp_path):
     """Each torchrun counts its own restarts, so the counts differ."""
-    count = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['GROUP_RANK'] == '1'"
-    program = with_step(tmp_path / "program.py", f"if at == 18 and {count}: os.kill(os.getpid(), signal.SIGKILL)")
+    second = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['GROUP_RANK'] == '1'"
+    program = with_step(tmp_path / "program.py", f"if at == 18 and {second}: os.kill(os.getpid(), signal.SIGKILL)")
     meeting = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
     options = [*FIFTY_STEPS, "--set", "save_minutes=1e-9", "--output", tmp_path / "run", "--overwrite"]
     alone = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -95,14 +95,14 @@ def test_machines_meet_again_after_one_of_them_has_restarted(tmp_path):
 
 
 def test_processes_that_find_different_states_do_not_go_on(command, tmp_path):
-    (tmp_path / "first.py").write_text(
+    (tmp_path / "program.py").write_text(
         "import os\nfrom training import engine, train\n"
         "if os.environ['RANK'] == '1': engine.load_state = lambda folder: None\ntrain.main()\n"
     )
     options = [*FIFTY_STEPS, "--set", "epochs=1", "--set", "warmup_epochs=0", "--output", tmp_path / "run"]
     assert here(command, *options).code == 0
     (tmp_path / "run" / "results.json").unlink()  # as if it had been killed after its last state
-    process = torchrun(*options, program=(tmp_path / "first.py",))
+    process = torchrun(*options, program=(tmp_path / "program.py",))
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0 and "must be on storage that all machines share" in err
 
