@@ -1,6 +1,7 @@
 """What a recipe's settings do to the weights, in numbers."""
 
 import math
+from functools import partial
 
 import pytest
 import timm
@@ -33,8 +34,9 @@ def after_steps(count, tmp_path, **settings):
     """A trainer after so many steps, and its weights before and after each."""
     trainer = engine.build(recipe(**settings), tmp_path, CPU)
     history = [flat(trainer.model)]
+    update = partial(engine._update, trainer, trainer.model)
     for _, (images, targets) in zip(range(count), trainer.pipeline.epoch(0), strict=False):
-        engine._step(trainer, trainer.model, images, targets)
+        engine._step(trainer, update, images, targets)
         trainer.progress.step += 1
         history.append(flat(trainer.model))
     return trainer, history

@@ -703,6 +703,19 @@ def test_training_on_a_gpu_learns_and_evaluates_as_on_the_cpu(amp, command, tmp_
     assert json.loads(numbers.read_text())["top1"] == pytest.approx(results["raw"]["top1"], abs=1 / 360)
 
 
+@pytest.mark.gpu
+def test_a_step_as_a_cuda_graph_is_the_same_step(command, tmp_path):
+    """Over warm-up, schedule and the averaged weights; kernels may add in another order."""
+    options = ["--set", "epochs=2", "--set", "amp=null", "--set", "tf32=false", "--set", "ema_decay=0.9"]
+    for graph in ("true", "false"):
+        chosen = [*options, "--set", f"cuda_graph={graph}", "--output", tmp_path / graph, "--device", "cuda"]
+        assert command(train.main, "--recipe", "digits", *chosen).code == 0
+    for name in ("model.safetensors", "model_ema.safetensors"):
+        graphed, plain = (safetensors.torch.load_file(tmp_path / graph / name) for graph in ("true", "false"))
+        for key, value in plain.items():
+            torch.testing.assert_close(graphed[key], value, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.slow
 def test_compiled_training(command, tmp_path):
     options = ["--set", "compile=true", "--output", tmp_path / "run", "--device", "cpu"]

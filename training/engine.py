@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from risotto_zoo.models import create_model, parse_name, saved_arguments
 from . import run_folder
 from .augment import stream
 from .console import EpochBar, epoch_line, say, summary
+from .cuda_graph import GraphedStep, Step
 from .data import View
 from .distributed import World, compiling
 from .optimization import build_optimizer, build_scheduler, folded_state, freeze, standardize
@@ -180,7 +182,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
     if recipe.sync_bn and world.size > 1:
         model = convert_sync_batchnorm(model)
     model.to(world.device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
-    optimizer = build_optimizer(model, recipe)
+    optimizer = build_optimizer(model, recipe, capturable=_graphed(recipe, world))
     arguments = {**saved_arguments(recipe.init_from), **recipe.model_args}
     return Trainer(
         recipe=recipe,
@@ -231,6 +233,10 @@ def _view(recipe: Recipe, config: dict[str, Any]) -> View:
     return View.of({**resolved, "input_size": (channels, side, side), "crop_pct": crop})
 
 
+def _graphed(recipe: Recipe, world: World) -> bool:
+    return recipe.cuda_graph and world.device.type == "cuda" and world.size == 1
+
+
 def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
     module = trainer.model
@@ -248,11 +254,14 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
             f"{len(trainer.pipeline.classes)} classes, {recipe.epochs} epochs "
             f"of {trainer.pipeline.steps_per_epoch} steps"
         )
+    update: Step = partial(_update, trainer, module)
+    if _graphed(recipe, world):
+        update = GraphedStep(update, trainer.optimizer)
     board = _tensorboard(trainer)
     last_curves = time.perf_counter()
     outcome = None
     while len(progress.history) < recipe.epochs:
-        _train_epoch(trainer, module, stop)
+        _train_epoch(trainer, update, stop)
         if world.size > 1:  # one net for all: running statistics are each process's own while training
             for net in _nets(trainer):
                 distribute_bn(net, world.size, reduce=True)
@@ -263,7 +272,9 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
         row = _row(trainer, outcome)
         progress.history.append(row)
         progress.sums = [0.0, 0.0, 0.0]
-        _save(trainer)
+        saving = epoch % recipe.save_every == 0 or epoch == recipe.epochs
+        if saving:
+            _save(trainer)
         if not world.main:
             continue
         with _writing(trainer.output):
@@ -271,7 +282,8 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
             if time.perf_counter() - last_curves > CURVES_SECONDS:
                 _curves(trainer)
                 last_curves = time.perf_counter()
-            _export(trainer)
+            if saving:
+                _export(trainer)
             if board is not None:
                 for key, value in row.items():
                     if value is not None:
@@ -283,7 +295,7 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     return _finish(trainer, *outcome)
 
 
-def _train_epoch(trainer: Trainer, module: nn.Module, stop: "_StopSignals") -> None:
+def _train_epoch(trainer: Trainer, update: Step, stop: "_StopSignals") -> None:
     """The steps that are left of the epoch the run is in; saves on the way when it is time or a signal came."""
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
     epoch, steps = len(progress.history), trainer.pipeline.steps_per_epoch
@@ -301,7 +313,7 @@ def _train_epoch(trainer: Trainer, module: nn.Module, stop: "_StopSignals") -> N
             before = time.perf_counter()
             images, targets = next(batches)
             progress.waited += time.perf_counter() - before
-            loss, correct = _step(trainer, module, images, targets)
+            loss, correct = _step(trainer, update, images, targets)
             bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), progress.step, bad_step)
             sums += torch.stack([torch.full_like(loss, len(images)), loss * len(images), correct])
             progress.step += 1
@@ -329,13 +341,22 @@ def _train_epoch(trainer: Trainer, module: nn.Module, stop: "_StopSignals") -> N
     progress.sums = world.sum(sums).tolist()
 
 
-def _step(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _step(trainer: Trainer, update: Step, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """One optimizer step; returns the mean loss and the number of correct answers, both of this process."""
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
     trainer.scheduler.step_update(progress.step)
     # Dropout and stochastic depth draw from the global generators: a function of seed, rank and step, so that a
     # resumed run draws the same.
     torch.manual_seed(stream(recipe.seed, "step", progress.step, world.rank).initial_seed())
+    outcome = update(images, targets)
+    if trainer.ema is not None:
+        trainer.ema.update(trainer.model, step=progress.step)
+    return outcome
+
+
+def _update(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a step that a CUDA graph can hold: forward, backward, and the optimizer."""
+    recipe, world = trainer.recipe, trainer.world
     if recipe.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     total, correct = images.new_zeros(()), images.new_zeros(())
@@ -360,8 +381,6 @@ def _step(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor) 
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad(set_to_none=True)
-    if trainer.ema is not None:
-        trainer.ema.update(trainer.model, step=progress.step)
     return total, correct
 
 

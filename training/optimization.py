@@ -16,15 +16,16 @@ from risotto_zoo.errors import UserError
 from .recipe import Recipe
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, recipe: Recipe, capturable: bool = False) -> torch.optim.Optimizer:
     """The recipe's optimizer on four kinds of parameters: kernels, stem and head, one-dimensional ones, alphas.
 
     Muon, under each of its names, orthogonalizes the updates of the kernels and leaves the other three kinds to its
     AdamW, with Nesterov momentum (NAdamW) if Muon itself has it, as `muon` has here; weight decay never touches the
-    last two. With `layer_decay` the kinds give way to timm's layer-wise groups.
+    last two. With `layer_decay` the kinds give way to timm's layer-wise groups. `capturable` makes one whose step can
+    be part of a CUDA graph.
 
     Raises:
-        UserError: If the optimizer refuses an option.
+        UserError: If the optimizer refuses an option, or cannot be captured.
     """
     settings = recipe.optimizer
     groups = _layer_groups(model, recipe) if settings.layer_decay is not None else _kinds(model, recipe)
@@ -36,7 +37,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     shared = {"opt": settings.name, "lr": settings.lr, "weight_decay": 0.0, "momentum": settings.momentum, **options}
     try:
         _take_a_step(create_optimizer_v2(_samples(groups), **shared))
-        return create_optimizer_v2(groups, **shared)
+        return create_optimizer_v2(groups, **shared, **({"capturable": True} if capturable else {}))
     except Exception as error:  # a hundred optimizers, each refusing in its own way
         raise UserError(f"optimizer {settings.name}: {str(error) or type(error).__name__}") from None
 

@@ -142,10 +142,14 @@ class Recipe(Section):
     amp: Literal["bfloat16", "float16"] | None = Field(None, description="autocast dtype of the training steps")
     channels_last: bool = Field(False, description="memory format")
     compile: bool = Field(False, description="torch.compile the training step's model")
+    cuda_graph: bool = Field(
+        False, description="replay the training step as one CUDA graph, in a single process on CUDA"
+    )
     tf32: bool = Field(True, description="TensorFloat-32 matrix products while training on CUDA")
     sync_bn: bool = Field(False, description="synchronize batch norm over processes")
     val_every: Count = Field(1, description="epochs from one validation to the next; the last epoch always has one")
-    save_minutes: Rate = Field(10.0, description="save the state this often, besides at the end of each epoch")
+    save_every: Count = Field(1, description="epochs from one saved state to the next; the last epoch always has one")
+    save_minutes: Rate = Field(10.0, description="save the state at least this often within an epoch")
     resume: Literal["auto", "never"] = Field("auto", description="go on with an unfinished run found in the output")
     log_every: Count = Field(50, description="steps between two log lines where there is no terminal")
     tensorboard: bool = Field(False, description="also write TensorBoard events")
@@ -175,6 +179,10 @@ class Recipe(Section):
             (
                 any(key in NOT_OF_THE_NET for key in self.model_args),
                 f"model_args takes none of {', '.join(NOT_OF_THE_NET)}; to start from weights, set init_from",
+            ),
+            (
+                self.cuda_graph and self.amp == "float16",
+                "cuda_graph: float16's loss scaling waits for the device; set amp=bfloat16",
             ),
             (self.freeze and self.init_from is None, "freeze without init_from would freeze random weights"),
             (

@@ -83,7 +83,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
         for key, value in group.items():
             if isinstance(value, Tensor):  # some optimizers count their steps by group
                 tensors[f"group.{index}.{key}"] = value
-            elif isinstance(value, (bool, int, float)) and "lr" not in key:
+            elif isinstance(value, (bool, int, float)) and "lr" not in key and key != "capturable":  # of the device
                 groups[-1][key] = value
     return tensors, {"values": values, "groups": groups}
 
