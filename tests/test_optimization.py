@@ -5,11 +5,14 @@ from functools import partial
 
 import pytest
 import timm
+import timm.optim.muon
 import torch
+from torch import nn
 
 from training import engine
 from training.data import View
 from training.distributed import World
+from training.muon import by_shape, set_up_muon
 from training.optimization import build_optimizer, build_scheduler
 from training.pipelines import resident_sets
 from training.recipe import validate
@@ -174,3 +177,26 @@ def test_held_out_images_are_not_trained_on():
     train, held = resident_sets(recipe(data={"source": "digits", "image_size": 8, "holdout": 0.1}).data, view)
     assert (len(train), len(held)) == (1293, 144)
     assert sorted(rows(train) + rows(held)) == rows(whole)
+
+
+@pytest.mark.parametrize("options", [{}, {"adjust_lr_fn": "original", "nesterov": False}, {"conv_mode": "batched"}])
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+def test_muon_on_stacked_kernels_does_what_timm_does(options, lr, monkeypatch):
+    """Three steps, kernels of several shapes, one taller than wide, in the memory format of a GPU's training."""
+    shapes = [(8, 4, 3, 3), (8, 4, 3, 3), (64, 8, 1, 1), (8, 8, 3, 3), (8, 4, 3, 3)]
+    torch.manual_seed(0)
+    starts, grads = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    ends = []
+    set_up_muon(torch.device("cpu"), None)
+    for function in (timm.optim.muon.muon, by_shape):
+        monkeypatch.setattr(timm.optim.muon, "muon", function)
+        params = [nn.Parameter(start.clone(memory_format=torch.channels_last)) for start in starts]
+        optimizer = timm.optim.Muon(params, **{"lr": lr, "weight_decay": 0.1, "nesterov": True, **options})
+        for step in range(3):
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad * (step + 1)
+            optimizer.step()
+        ends.append([param.detach() for param in params])
+    for plain, stacked, start in zip(*ends, starts, strict=True):
+        assert (plain - start).norm() > 0.01
+        torch.testing.assert_close(plain, stacked, rtol=1e-5, atol=1e-5)

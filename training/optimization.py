@@ -1,8 +1,5 @@
 """Optimizer, schedule and reparametrization of a recipe, from timm's parts."""
 
-from functools import partial
-
-import timm.optim.muon
 import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -13,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from risotto_zoo.errors import UserError
 
+from .muon import set_up_muon
 from .recipe import Recipe
 
 
@@ -33,7 +31,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, capturable: bool = False) 
     if settings.name == "muon":
         options.setdefault("nesterov", True)
     if _is_muon(settings.name):
-        _orthogonalize_in(next(model.parameters()).device, recipe.amp)
+        set_up_muon(next(model.parameters()).device, recipe.amp)
     shared = {"opt": settings.name, "lr": settings.lr, "weight_decay": 0.0, "momentum": settings.momentum, **options}
     try:
         _take_a_step(create_optimizer_v2(_samples(groups), **shared))
@@ -58,19 +56,6 @@ def _take_a_step(optimizer: torch.optim.Optimizer) -> None:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-
-
-def _orthogonalize_in(device: torch.device, amp: str | None) -> None:
-    """Let timm's Muon run its Newton-Schulz iteration on CPUs in the number format of the training steps.
-
-    timm has no option for it and takes bfloat16, which is eight times slower than float32 on a CPU that emulates it,
-    1.7 times on an Intel Xeon that has it but no AMX, and three times as fast on an AMD EPYC or an Intel Xeon with AMX:
-    for the same reasons and on the same machines as it is slower or faster for the rest of the step. What decides is
-    the recipe, not the machine, so that a seed gives one result.
-    """
-    original = getattr(timm.optim.muon.zeropower_via_newtonschulz, "func", timm.optim.muon.zeropower_via_newtonschulz)
-    single = device.type == "cpu" and amp != "bfloat16"
-    timm.optim.muon.zeropower_via_newtonschulz = partial(original, dtype=torch.float32 if single else torch.bfloat16)
 
 
 def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
