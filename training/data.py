@@ -1,8 +1,10 @@
 """Image sets: where the images come from, and the uint8 arrays that hold a set in memory."""
 
 import hashlib
+import itertools
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from risotto_zoo.errors import UserError
@@ -27,6 +29,7 @@ from risotto_zoo.images import UnreadableImage, read_image, readable_suffixes, t
 VALIDATION_FOLDERS = ("val", "validation", "test")
 STREAM = "stream it: data.pipeline=streaming in training, --stream in evaluation"
 DECODING = 2  # part of the cache's keys; to be raised when the same files become other arrays
+IMAGES_PER_WORKER = 500  # below, a process costs more than it saves
 TIMM_SCHEMES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
@@ -289,31 +292,51 @@ def _digits(training: bool, transform: Callable, channels: int) -> ImageSet:
     return ImageSet(torch.stack(arrays), torch.as_tensor(targets).long(), [str(name) for name in digits.target_names])
 
 
-def _decode(
-    source: Source, transform: Callable, channels: int, shape: tuple[int, int, int], progress: bool
-) -> ImageSet:
-    """Decode on all cores; Pillow releases the interpreter lock while it works."""
+@dataclass
+class _Decoded(Dataset):
+    """Array, class and problem of each image of a source."""
 
-    def decode(position: int) -> tuple[Any, int, str]:
+    source: Source
+    transform: Callable
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: int) -> tuple[Any, int, str]:
         try:
-            image, target = source.read(position, channels)
-            return transform(image), target, ""
+            image, target = self.source.read(position, self.channels)
+            return self.transform(image).numpy(), target, ""  # a tensor would pass through shared memory
         except UnreadableImage as error:
             return None, -1, str(error)
         except Exception as error:  # what the transform makes of a strange size
-            return None, -1, f"{source.name}, image {position} ({error})"
+            return None, -1, f"{self.source.name}, image {position} ({error})"
 
+
+def _decode(
+    source: Source, transform: Callable, channels: int, shape: tuple[int, int, int], progress: bool
+) -> ImageSet:
+    """Decode in several processes, where they can be forked: the work on a small image is mostly Python's."""
     count = len(source)
+    # timm's readers share file handles, which only one process at a time may move.
+    alone = sys.platform != "linux" or source.dataset is not None
+    workers = 0 if alone else min(len(os.sched_getaffinity(0)), count // IMAGES_PER_WORKER)
+    loader = DataLoader(
+        _Decoded(source, transform, channels),
+        batch_size=64,
+        collate_fn=list,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # or it would draw from the global one
+    )
     images, targets = torch.empty(count, *shape, dtype=torch.uint8), torch.full((count,), -1)
     unreadable = []
-    # timm's readers share file handles, which only one thread at a time may move.
-    with ThreadPoolExecutor(os.cpu_count() if source.dataset is None else 1) as pool:
-        results = pool.map(decode, range(count))
-        for i, (array, target, problem) in enumerate(_bar(results, count, f"decoding {source.name}", progress)):
-            if problem:
-                unreadable.append(problem)
-            else:
-                images[i], targets[i] = array, target
+    results = _bar(itertools.chain.from_iterable(loader), count, f"decoding {source.name}", progress)
+    for i, (array, target, problem) in enumerate(results):
+        if problem:
+            unreadable.append(problem)
+        else:
+            images[i], targets[i] = torch.from_numpy(array), target
     if len(unreadable) == count:
         raise UserError(f"none of the {count} images in {source.name} can be read; the first is {unreadable[0]}")
     if unreadable:
