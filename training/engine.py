@@ -58,6 +58,7 @@ class Progress:
     seconds: float = 0.0
     images: int = 0
     waited: float = 0.0
+    machines: list[tuple[str, float]] = field(default_factory=list)  # hardware, and `seconds` when it took over
     history: list[dict[str, Any]] = field(default_factory=list)
     sums: list[float] = field(
         default_factory=lambda: [0.0, 0.0, 0.0]
@@ -113,6 +114,9 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
                 run_folder.begin(output, recipe, overwrite)
         world.barrier()
         _resume(trainer)
+        hardware, machines = run_folder.hardware(world.device, world.size), trainer.progress.machines
+        if not machines or machines[-1][0] != hardware:
+            machines.append((hardware, trainer.progress.seconds))
         return _loop(trainer, stop)
 
 
@@ -500,7 +504,7 @@ def _resume(trainer: Trainer) -> None:
     restore_optimizer(trainer.optimizer, tensors, facts["optimizer"])
     if trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(facts["scaler"])
-    trainer.progress = Progress(**facts["progress"])
+    trainer.progress = Progress(**{**facts["progress"], "machines": [tuple(m) for m in facts["progress"]["machines"]]})
     if not trainer.world.main:  # the sums are those of all processes; one goes on counting from them
         trainer.progress.sums = [0.0, 0.0, 0.0]
     else:
@@ -556,7 +560,7 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None = 
         "seed": recipe.seed,
         "raw": asdict(result),
         **({"ema": asdict(averaged), "better": better} if averaged is not None else {}),
-        "hardware": run_folder.hardware(world.device, world.size),
+        "hardware": _hardware(progress),
         "train_seconds": progress.seconds,
         "train_images_per_second": progress.images / max(progress.seconds, 1e-9),
         "peak_memory_bytes": memory,
@@ -571,6 +575,15 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None = 
         say(summary(trainer.output, results))
     world.barrier()
     return results
+
+
+def _hardware(progress: Progress) -> str:
+    """What the run ran on; of several machines, each with its time."""
+    names, starts = zip(*progress.machines, strict=True)
+    if len(names) == 1:
+        return names[0]
+    minutes = [(end - start) / 60 for start, end in zip(starts, [*starts[1:], progress.seconds], strict=True)]
+    return ", then ".join(f"{name} ({time:.0f} min)" for name, time in zip(names, minutes, strict=True))
 
 
 def _peak_memory() -> int:
