@@ -706,15 +706,17 @@ def test_training_on_a_gpu_learns_and_evaluates_as_on_the_cpu(amp, command, tmp_
 
 @pytest.mark.gpu
 def test_a_step_as_a_cuda_graph_is_the_same_step(command, tmp_path):
-    """Over warm-up, schedule and the averaged weights; kernels may add in another order."""
+    """Over warm-up, schedule and the averaged weights; kernels may add in another order, which training amplifies."""
     options = ["--set", "epochs=2", "--set", "amp=null", "--set", "tf32=false", "--set", "ema_decay=0.9"]
     for graph in ("true", "false"):
         chosen = [*options, "--set", f"cuda_graph={graph}", "--output", tmp_path / graph, "--device", "cuda"]
         assert command(train.main, "--recipe", "digits", *chosen).code == 0
+    start = engine.build(load_recipe("digits"), tmp_path, World(0, 1, torch.device("cpu"))).model.state_dict()
     for name in ("model.safetensors", "model_ema.safetensors"):
         graphed, plain = (safetensors.torch.load_file(tmp_path / graph / name) for graph in ("true", "false"))
-        for key, value in plain.items():
-            torch.testing.assert_close(graphed[key], value, rtol=0.02, atol=0.02)
+        apart = sum((graphed[key] - value).square().sum() for key, value in plain.items()).sqrt()
+        moved = sum((start[key] - value).square().sum() for key, value in plain.items()).sqrt()
+        assert apart < 0.1 * moved
 
 
 @pytest.mark.slow

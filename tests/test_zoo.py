@@ -1,8 +1,12 @@
 """The zoo's own pipeline at toy size: train what is missing, stop when the time is over, release, pack."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +93,28 @@ def test_packed_runs_come_in_pieces_and_go_together_again(toy, command, tmp_path
     assert (toy / "model_cards" / "risotto_resnet20.digits" / "README.md").is_file()
 
 
+def test_runs_at_once_are_stopped_packed_and_finished_elsewhere(toy, command, tmp_path):
+    away, home, settings = tmp_path / "away", tmp_path / "home", ["--set", "epochs=4", "--set", "save_minutes=1e-9"]
+
+    def stop():
+        while not all(list((away / name / "state").glob("*.json")) for name in ("toy", "toy_bn")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    base = ["--device", "cpu", *settings]
+    result = command(zoo.main, *base, "--runs", away, "--jobs", 2, "--collect", tmp_path / "out")
+    assert result.code == 143 and "the same command goes on" in result.err, result
+    home.mkdir()
+    for name in ("toy", "toy_bn"):
+        assert "4 epochs of" in (away / "logs" / f"{name}.txt").read_text()
+        subprocess.run(f"cat {tmp_path}/out/{name}.tar.* | tar -x -C {home}", shell=True, check=True)
+        assert not (home / name / "results.json").exists()
+    result = command(zoo.main, *base, "--runs", home)
+    assert result.code == 0 and result.err.count("resumed at step") == 2, result
+    assert len([path for path in (toy / "model_cards").iterdir() if path.is_dir()]) == 2
+
+
 def test_a_row_that_cannot_be_done_keeps_no_other_from_it(toy, command, tmp_path):
     missing = {**TOY, "data": {"source": str(tmp_path / "nowhere")}}
     (tmp_path / "missing.yaml").write_text(yaml.safe_dump(missing))
@@ -108,7 +134,7 @@ def test_a_row_that_diverges_is_told_by_the_exit_code(toy, command, tmp_path, mo
     assert result.code == 3 and "is left out: the loss is not finite" in result.err
 
 
-def test_a_run_is_packed_as_soon_as_it_is_finished(toy, command, tmp_path, monkeypatch):
+def test_what_is_finished_when_a_signal_comes_is_packed(toy, command, tmp_path, monkeypatch):
     trained = []
 
     def train(recipe, folder, world):

@@ -40,9 +40,9 @@ from risotto_zoo.hub import MANIFEST, release_file
 from risotto_zoo.models import create_model
 
 from .data import View, cache_folder, load_set, split_folder
-from .distributed import World, choose_device
+from .distributed import World, choose_device, cores
 from .export import load_exported, write
-from .grid import Run, cores, trained
+from .grid import Run, trained
 from .optimization import build_optimizer
 from .pipelines import build_pipeline, open_dataset, streamed_batches, validation_batches
 from .recipe import Recipe, validate

@@ -26,6 +26,8 @@ from tqdm import tqdm
 from risotto_zoo.errors import UserError
 from risotto_zoo.images import UnreadableImage, read_image, readable_suffixes, to_mode
 
+from .distributed import cores
+
 VALIDATION_FOLDERS = ("val", "validation", "test")
 STREAM = "stream it: data.pipeline=streaming in training, --stream in evaluation"
 DECODING = 2  # part of the cache's keys; to be raised when the same files become other arrays
@@ -320,7 +322,7 @@ def _decode(
     count = len(source)
     # timm's readers share file handles, which only one process at a time may move.
     alone = sys.platform != "linux" or source.dataset is not None
-    workers = 0 if alone else min(len(os.sched_getaffinity(0)), count // IMAGES_PER_WORKER)
+    workers = 0 if alone else min(cores(), count // IMAGES_PER_WORKER)
     loader = DataLoader(
         _Decoded(source, transform, channels),
         batch_size=64,
@@ -379,7 +381,7 @@ def _cache_key(source: Source, settings: dict[str, Any]) -> str:
             return os.fsencode(path) + b"\0unreadable"
         return os.fsencode(path) + b"\0" + content.digest()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for part in pool.map(fingerprint, source.files, chunksize=64):
             digest.update(part)
     return digest.hexdigest()[:32]

@@ -134,3 +134,9 @@ def compiling(wanted: bool) -> Iterator[None]:
     except BackendCompilerFailed as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"compile: this machine cannot compile the model ({reason}); run it without") from None
+
+
+def cores() -> int:
+    """What this process may use of a CPU."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

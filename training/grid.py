@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import json
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -26,7 +25,7 @@ from risotto_zoo.files import sha256, write_atomically
 
 from .cards import read_json
 from .console import say
-from .distributed import World, choose_device
+from .distributed import World, choose_device, cores
 from .engine import Diverged, Stopped, train
 from .recipe import Recipe, Section, assign, explain, read_with_base, validate
 from .run_folder import hardware, read_metrics, version_of
@@ -304,9 +303,3 @@ def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | N
 def default_jobs(device: str | None) -> int:
     """Small nets leave most of a GPU idle, and one thread each is the fastest way to use a CPU's cores."""
     return 4 if choose_device(device).type == "cuda" else cores()
-
-
-def cores() -> int:
-    """What this process may use of a CPU."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

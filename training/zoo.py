@@ -9,6 +9,8 @@ import io
 import math
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -23,7 +25,7 @@ from risotto_zoo.files import write_atomically
 
 from .cards import read_json
 from .console import say
-from .distributed import World, choose_device
+from .distributed import World, choose_device, cores
 from .engine import DIVERGED, Diverged, Stopped, train
 from .recipe import Recipe, Section, explain, load_recipe
 from .release import release
@@ -37,6 +39,11 @@ class Row(Section):
     twin: str | None = Field(None, description="recipe of the same net with batch norm")
     tag: str = Field(description="name of the data set")
     half: bool = Field(False, description="release float16")
+
+    @property
+    def names(self) -> list[str]:
+        """Its recipes: its own, and the twin's."""
+        return [name for name in (self.recipe, self.twin) if name is not None]
 
 
 def load_rows(wanted: list[str]) -> list[Row]:
@@ -74,40 +81,65 @@ def finished(run: Path, recipe: Recipe) -> bool:
     return done
 
 
-def train_row(row: Row, runs: Path, settings: list[str], device: str | None, packed: Path | None = None) -> list[Path]:
+def train_row(row: Row, runs: Path, settings: list[str], device: str | None) -> list[Path]:
     """Train a row's recipe and its twin, as far as they are not; the folders of both, which are finished then.
-
-    Args:
-        row: Of the zoo.
-        runs: Where the folders are.
-        settings: KEY=VALUE changes of every recipe.
-        device: To train on.
-        packed: Where each run goes in pieces as soon as it is finished, if anywhere.
 
     Raises:
         UserError: If a folder holds another run, or the data is missing.
         Diverged: On a non-finite loss.
         Stopped: When a signal, or the end of the time, has stopped a run; its state is saved.
     """
-    folders = []
-    for name in filter(None, (row.recipe, row.twin)):
+    for name in row.names:
         recipe, folder = load_recipe(name, settings), folder_of(name, runs)
         if not finished(folder, recipe):
             say(f"--- {name}")
             train(recipe, folder, World(0, 1, choose_device(device)))
-        if packed is not None:
-            collect(folder, packed)
-        folders.append(folder)
-    return folders
+    return [folder_of(name, runs) for name in row.names]
+
+
+def train_at_once(rows: list[Row], jobs: int, runs: Path, settings: list[str], device: str | None) -> None:
+    """Train what the rows lack in processes of their own, `jobs` at once: a small net leaves most of a GPU idle.
+
+    One that fails keeps no other from its training; whoever trains its row then meets the same error.
+
+    Raises:
+        UserError: If a folder holds another run.
+        Stopped: When a signal, or the end of the time, has stopped them; their states are saved.
+    """
+    names = [name for row in rows for name in row.names]
+    waiting = [name for name in names if not finished(folder_of(name, runs), load_recipe(name, settings))]
+    running: list[subprocess.Popen] = []
+    options = [word for setting in settings for word in ("--set", setting)] + (["--device", device] if device else [])
+    environment = {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), **os.environ}
+    logs = runs / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        while waiting or running:
+            running = [process for process in running if process.poll() is None]
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                command = [sys.executable, "-m", "training.train", "--recipe", name, "--output", folder_of(name, runs)]
+                with open(logs / f"{Path(name).stem}.txt", "a", encoding="utf-8") as log:
+                    running.append(subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment))
+                say(f"--- {name}, see {log.name}")
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
 
 
 def collect(run: Path, output: Path) -> list[Path]:
-    """A finished run as tar files of at most 16 MB, state left out: `cat NAME.tar.* | tar -x` puts it together."""
+    """A run as tar files of at most 16 MB: `cat NAME.tar.* | tar -x` puts it together.
+
+    Of one that is not finished its last state is part, so that it can be finished on another machine.
+    """
+    state = [] if (run / "results.json").is_file() else sorted((run / "state").glob("step-*"))[-2:]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for path in sorted(run.iterdir()):
-            if path.is_file():
-                archive.add(path, f"{run.name}/{path.name}")
+        for path in [*sorted(path for path in run.iterdir() if path.is_file()), *state]:
+            archive.add(path, f"{run.name}/{path.relative_to(run)}")
     data, pieces = buffer.getvalue(), []
     output.mkdir(parents=True, exist_ok=True)
     for i, start in enumerate(range(0, len(data), PIECE)):
@@ -126,10 +158,13 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of every recipe")
     parser.add_argument("--device", help="cpu, cuda (default: cuda where there is one)")
-    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="pack finished runs there instead of releasing")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once (default: 1)")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="pack the runs there instead of releasing")
     args = parser.parse_args()
     if args.minutes is not None and not args.minutes > 0:
         parser.error("--minutes must be more than 0")
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
     rows = load_rows(args.rows)
     before = signal.signal(signal.SIGTERM, _stop)  # for the time when nothing is trained
     end = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
@@ -146,22 +181,34 @@ def main() -> int:
 def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
     """Train and release row by row; the exit code. A row that cannot be done does not keep the others from it."""
     code = 0
-    for row in rows:
-        try:
-            runs = train_row(row, args.runs, args.set, args.device, args.collect)
-            for run in runs if args.collect is None else ():
-                others = [other for other in runs if other != run]
-                say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
-        except Diverged as error:
-            say(f"{row.recipe} is left out: {error}")
-            code = code or DIVERGED
-        except UserError as error:
-            say(f"error: {row.recipe} is left out: {error}")
-            code = 2
-        except Stopped as stopped:
-            say(f"stopped in {row.recipe}; the same command goes on from here")
-            return code if time.monotonic() >= end else 128 + int(stopped.args[0])
+    try:
+        if args.jobs > 1:
+            train_at_once(rows, args.jobs, args.runs, args.set, args.device)
+        for row in rows:
+            code = _row(row, args) or code
+    except Stopped as stopped:
+        code = code if time.monotonic() >= end else 128 + int(stopped.args[0])
+        say("stopped; the same command goes on from here")
+    if args.collect is not None:
+        for folder in (folder_of(name, args.runs) for row in rows for name in row.names):
+            if folder.is_dir():
+                collect(folder, args.collect)
     return code
+
+
+def _row(row: Row, args: argparse.Namespace) -> int:
+    try:
+        runs = train_row(row, args.runs, args.set, args.device)
+        for run in runs if args.collect is None else ():
+            others = [other for other in runs if other != run]
+            say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
+    except Diverged as error:
+        say(f"{row.recipe} is left out: {error}")
+        return DIVERGED
+    except UserError as error:
+        say(f"error: {row.recipe} is left out: {error}")
+        return 2
+    return 0
 
 
 def _stop(number: int, _frame: Any) -> None:
