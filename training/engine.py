@@ -58,7 +58,7 @@ class Progress:
     seconds: float = 0.0
     images: int = 0
     waited: float = 0.0
-    machines: list[tuple[str, float]] = field(default_factory=list)  # hardware, and `seconds` when it took over
+    machines: list[list[Any]] = field(default_factory=list)  # hardware, and `seconds` when it took over
     history: list[dict[str, Any]] = field(default_factory=list)
     sums: list[float] = field(
         default_factory=lambda: [0.0, 0.0, 0.0]
@@ -116,7 +116,7 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         _resume(trainer)
         hardware, machines = run_folder.hardware(world.device, world.size), trainer.progress.machines
         if not machines or machines[-1][0] != hardware:
-            machines.append((hardware, trainer.progress.seconds))
+            machines.append([hardware, trainer.progress.seconds])
         return _loop(trainer, stop)
 
 
@@ -504,7 +504,7 @@ def _resume(trainer: Trainer) -> None:
     restore_optimizer(trainer.optimizer, tensors, facts["optimizer"])
     if trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(facts["scaler"])
-    trainer.progress = Progress(**{**facts["progress"], "machines": [tuple(m) for m in facts["progress"]["machines"]]})
+    trainer.progress = Progress(**facts["progress"])
     if not trainer.world.main:  # the sums are those of all processes; one goes on counting from them
         trainer.progress.sums = [0.0, 0.0, 0.0]
     else:

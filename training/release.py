@@ -211,7 +211,7 @@ def _outcome(results: dict[str, Any]) -> dict[str, Any]:
 def _differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """The recipe's keys that two runs do not share, but for what cannot change the outcome."""
     sides = [_flat(recipe.model_dump()) for recipe in (ours, theirs)]
-    idle = ("val_every", "save_minutes", "resume", "log_every", "tensorboard")
+    idle = ("val_every", "save_every", "save_minutes", "resume", "log_every", "tensorboard")
     keys = sorted(sides[0].keys() | sides[1].keys())
     return [key for key in keys if key not in idle and sides[0].get(key) != sides[1].get(key)]
 
