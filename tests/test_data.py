@@ -1,6 +1,9 @@
 """Image sets: every way a data folder can be wrong has its line, and what is right is read exactly."""
 
+import os
 import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from timm.data import create_dataset, create_loader
 
 from risotto_zoo.errors import UserError
 from risotto_zoo.images import UnreadableImage, read_image
+from training import data as image_sets
 from training import evaluate, train
 from training.augment import augmented, draw, mixed, stream
 from training.data import View, cache_folder, class_names, load_set
@@ -415,6 +419,30 @@ def seen(source, root=None, channels=3):
     dataset, _, _ = open_dataset(source, False, None, root, channels)
     streamed = list(streamed_batches(dataset, view, CPU.device, 0, len(held.classes), 8))
     return held, *map(torch.cat, zip(*streamed, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_processes_decode_what_one_does(folder, monkeypatch):
+    broken = sorted((folder / "train").rglob("*.jpg"))[5]
+    broken.write_bytes(broken.read_bytes()[:100])
+    state = torch.get_rng_state()
+    alone = load_set(str(folder), True, VIEW)
+    shutil.rmtree(cache_folder())
+    monkeypatch.setattr(image_sets, "IMAGES_PER_WORKER", 4)
+    monkeypatch.setattr(image_sets, "cores", lambda: 3)
+    together = load_set(str(folder), True, VIEW)
+    assert torch.equal(alone.images, together.images) and torch.equal(alone.targets, together.targets)
+    assert alone.unreadable == together.unreadable and str(broken) in alone.unreadable[0]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_a_decoding_process_that_is_killed_is_one_line(folder, monkeypatch):
+    monkeypatch.setattr(image_sets, "IMAGES_PER_WORKER", 4)
+    monkeypatch.setattr(image_sets, "cores", lambda: 2)
+    monkeypatch.setattr(image_sets, "ignore_signals", lambda worker: worker or os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"decoding .*killed"):
+        load_set(str(folder), True, VIEW)
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "torch/image_folder"])

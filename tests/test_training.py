@@ -23,6 +23,7 @@ import yaml
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import wilson_interval
 from training import engine, evaluate, train
+from training.cuda_graph import WARMUP
 from training.data import View
 from training.distributed import World
 from training.pipelines import build_pipeline
@@ -691,6 +692,41 @@ def test_shipped_recipes_are_valid_and_say_what_they_need():
     assert yaml.safe_load((folder / "digits.yaml").read_text())["data"]["source"] == "digits"
 
 
+def test_states_are_saved_every_so_many_epochs_and_when_they_are_too_old(command, tmp_path, monkeypatch):
+    saved, save = [], engine._save
+    monkeypatch.setattr(engine, "_save", lambda trainer: saved.append(trainer.progress.step) or save(trainer))
+    options = [*TINY, "--set", "epochs=5", "--set", "save_every=3", "--device", "cpu"]
+    assert command(train.main, "--recipe", "digits", *options, "--output", tmp_path / "one").code == 0
+    assert saved == [33, 55]
+    saved.clear()
+
+    def due(trainer):
+        return (trainer.progress.step, len(trainer.progress.history)) in ((7, 0), (22, 2))
+
+    monkeypatch.setattr(engine, "_due", due)
+    assert command(train.main, "--recipe", "digits", *options, "--output", tmp_path / "two").code == 0
+    assert saved == [7, 22, 33, 55]
+
+
+def test_a_run_resumed_on_another_machine_says_so(command, tmp_path, monkeypatch):
+    options = ["--recipe", "digits", *TINY, "--output", tmp_path / "run", "--device", "cpu"]
+    train_epoch = engine._train_epoch
+
+    def stopped(trainer, *args):
+        if len(trainer.progress.history) == 1:
+            raise engine.Stopped(15)
+        train_epoch(trainer, *args)
+
+    monkeypatch.setattr(engine, "_train_epoch", stopped)
+    assert command(train.main, *options).code == 143
+    monkeypatch.setattr(engine, "_train_epoch", train_epoch)
+    here = engine.run_folder.hardware(torch.device("cpu"), 1)
+    monkeypatch.setattr(engine.run_folder, "hardware", lambda *_: "another machine")
+    assert command(train.main, *options).code == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["hardware"] == f"{here} (0 min), then another machine (0 min)"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 def test_training_on_a_gpu_learns_and_evaluates_as_on_the_cpu(amp, command, tmp_path):
@@ -705,12 +741,16 @@ def test_training_on_a_gpu_learns_and_evaluates_as_on_the_cpu(amp, command, tmp_
 
 
 @pytest.mark.gpu
-def test_a_step_as_a_cuda_graph_is_the_same_step(command, tmp_path):
+def test_a_step_as_a_cuda_graph_is_the_same_step(command, tmp_path, monkeypatch):
     """Over warm-up, schedule and the averaged weights; kernels may add in another order, which training amplifies."""
     options = ["--set", "epochs=2", "--set", "amp=null", "--set", "tf32=false", "--set", "ema_decay=0.9"]
-    for graph in ("true", "false"):
+    update, calls = engine._update, []
+    monkeypatch.setattr(engine, "_update", lambda *args: calls.append(1) or update(*args))
+    for graph, count in (("true", WARMUP + 1), ("false", 2 * 22)):
         chosen = [*options, "--set", f"cuda_graph={graph}", "--output", tmp_path / graph, "--device", "cuda"]
         assert command(train.main, "--recipe", "digits", *chosen).code == 0
+        assert len(calls) == count
+        calls.clear()
     start = engine.build(load_recipe("digits"), tmp_path, World(0, 1, torch.device("cpu"))).model.state_dict()
     for name in ("model.safetensors", "model_ema.safetensors"):
         graphed, plain = (safetensors.torch.load_file(tmp_path / graph / name) for graph in ("true", "false"))

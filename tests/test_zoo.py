@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import yaml
 
 from training import cards, engine, release, zoo
 from training.recipe import load_recipe
+from training.state import load_state
 
 TOY = {
     "model": "risotto_resnet20",
@@ -93,26 +93,41 @@ def test_packed_runs_come_in_pieces_and_go_together_again(toy, command, tmp_path
     assert (toy / "model_cards" / "risotto_resnet20.digits" / "README.md").is_file()
 
 
-def test_runs_at_once_are_stopped_packed_and_finished_elsewhere(toy, command, tmp_path):
-    away, home, settings = tmp_path / "away", tmp_path / "home", ["--set", "epochs=4", "--set", "save_minutes=1e-9"]
+def test_runs_at_once_are_stopped_packed_and_go_on_elsewhere(toy, command, tmp_path):
+    away, home, settings = tmp_path / "away", tmp_path / "home", ["--set", "epochs=400", "--set", "save_minutes=1e-9"]
+    over = threading.Event()
 
     def stop():
         while not all(list((away / name / "state").glob("*.json")) for name in ("toy", "toy_bn")):
-            time.sleep(0.05)
+            if over.wait(0.05):
+                return
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=stop, daemon=True).start()
+    thread = threading.Thread(target=stop)
+    thread.start()
     base = ["--device", "cpu", *settings]
-    result = command(zoo.main, *base, "--runs", away, "--jobs", 2, "--collect", tmp_path / "out")
+    result = command(zoo.main, *base, "--runs", away, "--jobs", 2, "--collect", tmp_path / "out", "--minutes", 1)
+    over.set()
+    thread.join()
     assert result.code == 143 and "the same command goes on" in result.err, result
     home.mkdir()
     for name in ("toy", "toy_bn"):
-        assert "4 epochs of" in (away / "logs" / f"{name}.txt").read_text()
+        assert "400 epochs of" in (away / "logs" / f"{name}.txt").read_text()
         subprocess.run(f"cat {tmp_path}/out/{name}.tar.* | tar -x -C {home}", shell=True, check=True)
-        assert not (home / name / "results.json").exists()
-    result = command(zoo.main, *base, "--runs", home)
-    assert result.code == 0 and result.err.count("resumed at step") == 2, result
-    assert len([path for path in (toy / "model_cards").iterdir() if path.is_dir()]) == 2
+        assert load_state(home / name / "state")[0] > 0
+    result = command(zoo.main, *base, "--runs", home, "--minutes", 0.05)
+    assert result.code == 0 and "resumed at step" in result.err, result
+
+
+def test_rows_at_once_are_released_and_what_fails_is_told(toy, command, tmp_path):
+    missing = {**TOY, "data": {"source": str(tmp_path / "nowhere")}}
+    (tmp_path / "missing.yaml").write_text(yaml.safe_dump(missing))
+    rows = [{"recipe": str(tmp_path / "missing.yaml"), "tag": "nowhere"}, *yaml.safe_load(zoo.ROWS.read_text())]
+    zoo.ROWS.write_text(yaml.safe_dump(rows))
+    result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu", "--jobs", 3)
+    assert result.code == 2 and "missing.yaml is left out: error:" in result.err, result
+    assert str(tmp_path / "nowhere") in result.err and "Traceback" not in result.err
+    assert (toy / "model_cards" / "risotto_resnet20.digits" / "README.md").is_file()
 
 
 def test_a_row_that_cannot_be_done_keeps_no_other_from_it(toy, command, tmp_path):

@@ -5,8 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from risotto_zoo.errors import UserError
+
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
+TINY = 1e-12  # in place of a rate of 0, by which timm's NAdamW divided before 1.0.31
 WARMUP = 3  # steps before the capture, in which cuDNN chooses its kernels and the optimizer makes its state
 
 
@@ -20,6 +23,9 @@ class GraphedStep:
         step: Forward, backward and update; it must not wait for the device. Called WARMUP times before it is captured,
             on a stream of its own, as ordinary steps.
         optimizer: The one that `step` steps, made with `capturable=True`.
+
+    Raises:
+        UserError: On the call that captures, if the step cannot be.
     """
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
@@ -29,12 +35,11 @@ class GraphedStep:
         self.stream = torch.cuda.Stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.calls = 0
-        optimizer._warned_capturable_if_run_uncaptured = True  # it is, WARMUP times
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         groups = self.optimizer.param_groups
         for rate, group in zip(self.rates, groups, strict=True):
-            rate.fill_(group["lr"])
+            rate.fill_(max(group["lr"], TINY))
         if self.graph is None:
             numbers = [group["lr"] for group in groups]
             for rate, group in zip(self.rates, groups, strict=True):
@@ -63,6 +68,14 @@ class GraphedStep:
     def _capture(self, images: Tensor, targets: Tensor) -> None:
         self.images, self.targets = images.clone(), targets.clone()
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: a loader's thread may pin memory meanwhile.
-        with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.outputs = self.step(self.images, self.targets)
+        try:
+            # thread_local: a loader's thread may pin memory meanwhile.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.outputs = self.step(self.images, self.targets)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"cuda_graph: a step of this net or optimizer cannot be captured ({reason}); set cuda_graph=false"
+            ) from None

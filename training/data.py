@@ -4,10 +4,12 @@ import hashlib
 import itertools
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from .distributed import cores
 VALIDATION_FOLDERS = ("val", "validation", "test")
 STREAM = "stream it: data.pipeline=streaming in training, --stream in evaluation"
 DECODING = 2  # part of the cache's keys; to be raised when the same files become other arrays
-IMAGES_PER_WORKER = 500  # below, a process costs more than it saves
+IMAGES_PER_WORKER = 100  # below, a process costs more than it saves
 TIMM_SCHEMES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 
@@ -124,11 +126,14 @@ def load_set(
     key = None
     if reader.files is not None:
         key = _cache_key(reader, {**part, "size": size, **asdict(view), "mean": None, "std": None})
-    result = _read_cache(key) if key else None
-    if result is None:
-        result = _decode(reader, transform, channels, (channels, side, side), progress)
-        if key:
-            _write_cache(key, result)
+    shape = (channels, side, side)
+    if key is None:
+        result = _decode(reader, transform, channels, shape, progress)
+    elif (result := _read_cache(key)) is None:
+        with _alone():  # of several trainings begun at once one decodes, and the others read
+            if (result := _read_cache(key)) is None:
+                result = _decode(reader, transform, channels, shape, progress)
+                _write_cache(key, result)
     return replace(result, unreadable=[*result.unreadable, *reader.skipped])
 
 
@@ -318,7 +323,11 @@ class _Decoded(Dataset):
 def _decode(
     source: Source, transform: Callable, channels: int, shape: tuple[int, int, int], progress: bool
 ) -> ImageSet:
-    """Decode in several processes, where they can be forked: the work on a small image is mostly Python's."""
+    """Decode in several processes, where they can be forked: the work on a small image is mostly Python's.
+
+    Raises:
+        UserError: If nothing can be read, or one of the processes is killed.
+    """
     count = len(source)
     # timm's readers share file handles, which only one process at a time may move.
     alone = sys.platform != "linux" or source.dataset is not None
@@ -329,21 +338,31 @@ def _decode(
         collate_fn=list,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=ignore_signals,
         generator=torch.Generator(),  # or it would draw from the global one
     )
     images, targets = torch.empty(count, *shape, dtype=torch.uint8), torch.full((count,), -1)
     unreadable = []
-    results = _bar(itertools.chain.from_iterable(loader), count, f"decoding {source.name}", progress)
-    for i, (array, target, problem) in enumerate(results):
-        if problem:
-            unreadable.append(problem)
-        else:
-            images[i], targets[i] = torch.from_numpy(array), target
+    try:
+        results = itertools.chain.from_iterable(loader)  # which starts the processes
+        for i, (array, target, problem) in enumerate(_bar(results, count, f"decoding {source.name}", progress)):
+            if problem:
+                unreadable.append(problem)
+            else:
+                images[i], targets[i] = torch.from_numpy(array), target
+    except RuntimeError as error:  # what torch makes of a worker's end
+        raise UserError(f"decoding {source.name}: {str(error).splitlines()[0]}") from None
     if len(unreadable) == count:
         raise UserError(f"none of the {count} images in {source.name} can be read; the first is {unreadable[0]}")
     if unreadable:
         images, targets = images[targets >= 0], targets[targets >= 0]
     return ImageSet(images, targets, source.classes, unreadable)
+
+
+def ignore_signals(_worker: int) -> None:
+    """In each loader process: signals are its parent's business, which still needs it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _bar(iterable: Iterator, total: int, what: str, show: bool) -> Iterator:
@@ -366,6 +385,20 @@ def cache_folder() -> Path:
     """`$RISOTTO_ZOO_CACHE`, or `risotto-zoo` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("RISOTTO_ZOO_CACHE") or Path(base) / "risotto-zoo")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Wait for other processes that fill the cache, where the system and its disk can do so."""
+    with ExitStack() as held:
+        with suppress(ImportError, OSError):  # Windows; a disk that cannot lock, or is read-only
+            import fcntl
+
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            handle = os.open(cache_folder(), os.O_RDONLY)
+            held.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _cache_key(source: Source, settings: dict[str, Any]) -> str:

@@ -82,6 +82,7 @@ class Trainer:
     progress: Progress
     parameters: int  # of the net itself, without training-time extras
     arguments: dict[str, Any]  # of timm.create_model, that make the net again
+    saved: float = field(default_factory=time.perf_counter)  # when its state was, or when it was made
 
     @property
     def name(self) -> str:
@@ -100,7 +101,7 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         Diverged: On a non-finite loss; the last good state is kept.
         Stopped: After SIGTERM or Ctrl-C, the state saved.
     """
-    with _StopSignals() as stop, _enough_memory(), compiling(recipe.compile), ExitStack() as held:
+    with StopSignals() as stop, _enough_memory(), compiling(recipe.compile), ExitStack() as held:
         if world.main:
             run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
             held.enter_context(run_folder.locked(output))
@@ -115,6 +116,8 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         world.barrier()
         _resume(trainer)
         hardware, machines = run_folder.hardware(world.device, world.size), trainer.progress.machines
+        if not machines and trainer.progress.seconds:  # a state of version 0.2.0 does not say
+            machines.append(["unknown", 0.0])
         if not machines or machines[-1][0] != hardware:
             machines.append([hardware, trainer.progress.seconds])
         return _loop(trainer, stop)
@@ -241,7 +244,7 @@ def _graphed(recipe: Recipe, world: World) -> bool:
     return recipe.cuda_graph and world.device.type == "cuda" and world.size == 1
 
 
-def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
+def _loop(trainer: Trainer, stop: "StopSignals") -> dict[str, Any]:
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
     module = trainer.model
     if recipe.compile:
@@ -276,7 +279,7 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
         row = _row(trainer, outcome)
         progress.history.append(row)
         progress.sums = [0.0, 0.0, 0.0]
-        saving = epoch % recipe.save_every == 0 or epoch == recipe.epochs
+        saving = epoch % recipe.save_every == 0 or epoch == recipe.epochs or _due(trainer)
         if saving:
             _save(trainer)
         if not world.main:
@@ -286,7 +289,7 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
             if time.perf_counter() - last_curves > CURVES_SECONDS:
                 _curves(trainer)
                 last_curves = time.perf_counter()
-            if saving:
+            if saving or epoch == 1:
                 _export(trainer)
             if board is not None:
                 for key, value in row.items():
@@ -299,7 +302,7 @@ def _loop(trainer: Trainer, stop: "_StopSignals") -> dict[str, Any]:
     return _finish(trainer, *outcome)
 
 
-def _train_epoch(trainer: Trainer, update: Step, stop: "_StopSignals") -> None:
+def _train_epoch(trainer: Trainer, update: Step, stop: "StopSignals") -> None:
     """The steps that are left of the epoch the run is in; saves on the way when it is time or a signal came."""
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
     epoch, steps = len(progress.history), trainer.pipeline.steps_per_epoch
@@ -311,7 +314,6 @@ def _train_epoch(trainer: Trainer, update: Step, stop: "_StopSignals") -> None:
     sums = torch.tensor(progress.sums, device=world.device)
     bad_step = torch.tensor(-1, device=world.device)
     batches = trainer.pipeline.epoch(epoch, progress.step - epoch * steps)
-    last_save = time.perf_counter()
     with EpochBar(epoch, recipe.epochs, steps, progress.step, recipe.log_every, world.main) as bar:
         while progress.step < (epoch + 1) * steps:
             before = time.perf_counter()
@@ -322,10 +324,9 @@ def _train_epoch(trainer: Trainer, update: Step, stop: "_StopSignals") -> None:
             sums += torch.stack([torch.full_like(loss, len(images)), loss * len(images), correct])
             progress.step += 1
             progress.images += len(images) * world.size
-            stopping = due = 0
+            stopping, due = 0, False
             if world.size == 1 or progress.step % AGREE_STEPS == 0:
-                stopping = world.largest(stop.number)
-                due = world.largest(int(time.perf_counter() - last_save > recipe.save_minutes * 60))
+                stopping, due = world.largest(stop.number), _due(trainer)
             if stopping or due or progress.step % recipe.log_every == 0:
                 _check_finite(trainer, bad_step)
             seconds = progress.seconds + time.perf_counter() - before
@@ -335,7 +336,6 @@ def _train_epoch(trainer: Trainer, update: Step, stop: "_StopSignals") -> None:
             if stopping or due:
                 progress.sums = world.sum(sums.clone()).tolist()
                 _save(trainer)
-                last_save = time.perf_counter()
             if stopping:
                 _export(trainer)
                 raise Stopped(stopping)
@@ -388,7 +388,7 @@ def _update(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor
     return total, correct
 
 
-def _validate(trainer: Trainer, stop: "_StopSignals") -> list[Evaluation]:
+def _validate(trainer: Trainer, stop: "StopSignals") -> list[Evaluation]:
     """Evaluate the raw weights and, if there are any, the averaged ones, in float32."""
     world = trainer.world
 
@@ -456,7 +456,13 @@ def _statistics(trainer: Trainer) -> list[Tensor]:
     return [buffer for name, buffer in named if name.endswith(("running_mean", "running_var"))]
 
 
+def _due(trainer: Trainer) -> bool:
+    """Whether the state is as old as it may become, for one process at least."""
+    return bool(trainer.world.largest(int(time.perf_counter() - trainer.saved > trainer.recipe.save_minutes * 60)))
+
+
 def _save(trainer: Trainer) -> None:
+    trainer.saved = time.perf_counter()
     own = _statistics(trainer) if trainer.world.size > 1 else []
     shares = trainer.world.gather(torch.cat([buffer.flatten() for buffer in own])) if own else []
     if not trainer.world.main:
@@ -605,7 +611,7 @@ def _tensorboard(trainer: Trainer) -> Any:
     return SummaryWriter(trainer.output / "tensorboard")
 
 
-class _StopSignals:
+class StopSignals:
     """Remembers SIGTERM and Ctrl-C until the loop is at a place where it can save; another one later stops at once.
 
     One that comes within a second is the same wish: a process group's and its parent's, say.
@@ -614,7 +620,7 @@ class _StopSignals:
     def __init__(self) -> None:
         self.number, self.since = 0, 0.0
 
-    def __enter__(self) -> "_StopSignals":
+    def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

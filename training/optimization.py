@@ -1,5 +1,6 @@
 """Optimizer, schedule and reparametrization of a recipe, from timm's parts."""
 
+import timm
 import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -35,9 +36,18 @@ def build_optimizer(model: nn.Module, recipe: Recipe, capturable: bool = False) 
     shared = {"opt": settings.name, "lr": settings.lr, "weight_decay": 0.0, "momentum": settings.momentum, **options}
     try:
         _take_a_step(create_optimizer_v2(_samples(groups), **shared))
-        return create_optimizer_v2(groups, **shared, **({"capturable": True} if capturable else {}))
+        optimizer = create_optimizer_v2(groups, **shared)
     except Exception as error:  # a hundred optimizers, each refusing in its own way
         raise UserError(f"optimizer {settings.name}: {str(error) or type(error).__name__}") from None
+    if capturable:
+        if "capturable" not in optimizer.defaults:
+            raise UserError(
+                f"cuda_graph: {settings.name} of timm {timm.__version__} cannot be part of a CUDA graph (muon can "
+                "since 1.0.28); set cuda_graph=false"
+            )
+        for group in (optimizer.defaults, *optimizer.param_groups):
+            group["capturable"] = True
+    return optimizer
 
 
 def _is_muon(name: str) -> bool:

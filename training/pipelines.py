@@ -2,7 +2,6 @@
 
 import inspect
 import itertools
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from .data import (
     View,
     check_device_memory,
     class_names,
+    ignore_signals,
     load_set,
     open_source,
     timm_dataset,
@@ -329,9 +329,7 @@ def _timm_loader(
 
 
 def _seed_worker(info: Any) -> int:
-    """Runs in each loader process: signals are the trainer's business, which still needs its workers to save."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_signals(info.id)
     return info.seed
 
 

@@ -149,7 +149,7 @@ class Recipe(Section):
     sync_bn: bool = Field(False, description="synchronize batch norm over processes")
     val_every: Count = Field(1, description="epochs from one validation to the next; the last epoch always has one")
     save_every: Count = Field(1, description="epochs from one saved state to the next; the last epoch always has one")
-    save_minutes: Rate = Field(10.0, description="save the state at least this often within an epoch")
+    save_minutes: Rate = Field(10.0, description="save the state at least this often")
     resume: Literal["auto", "never"] = Field("auto", description="go on with an unfinished run found in the output")
     log_every: Count = Field(50, description="steps between two log lines where there is no terminal")
     tensorboard: bool = Field(False, description="also write TensorBoard events")

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from risotto_zoo.files import write_atomically
 from .cards import read_json
 from .console import say
 from .distributed import World, choose_device, cores
-from .engine import DIVERGED, Diverged, Stopped, train
+from .engine import DIVERGED, Diverged, Stopped, StopSignals, train
 from .recipe import Recipe, Section, explain, load_recipe
 from .release import release
 
@@ -97,51 +98,74 @@ def train_row(row: Row, runs: Path, settings: list[str], device: str | None) -> 
     return [folder_of(name, runs) for name in row.names]
 
 
-def train_at_once(rows: list[Row], jobs: int, runs: Path, settings: list[str], device: str | None) -> None:
+def trained_at_once(
+    rows: list[Row], jobs: int, runs: Path, settings: list[str], device: str | None
+) -> Iterator[tuple[Row, dict[str, int]]]:
     """Train what the rows lack in processes of their own, `jobs` at once: a small net leaves most of a GPU idle.
 
-    One that fails keeps no other from its training; whoever trains its row then meets the same error.
+    Each row comes as soon as its trainings have ended, with the exit codes of those that failed.
 
     Raises:
-        UserError: If a folder holds another run.
         Stopped: When a signal, or the end of the time, has stopped them; their states are saved.
     """
-    names = [name for row in rows for name in row.names]
-    waiting = [name for name in names if not finished(folder_of(name, runs), load_recipe(name, settings))]
-    running: list[subprocess.Popen] = []
+    pending, running, codes = list(rows), {}, {}
+    waiting = list(dict.fromkeys(name for row in rows for name in row.names))
     options = [word for setting in settings for word in ("--set", setting)] + (["--device", device] if device else [])
     environment = {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), **os.environ}
-    logs = runs / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    (runs / "logs").mkdir(parents=True, exist_ok=True)
+    with StopSignals() as stop:
+        try:
+            while pending:
+                while waiting and len(running) < jobs and not stop.number:
+                    name = waiting.pop(0)
+                    if _lacking(name, runs, settings):
+                        command = [sys.executable, "-m", "training.train", "--recipe", name]
+                        command += ["--output", folder_of(name, runs), *options]
+                        with open(_log(name, runs), "a", encoding="utf-8") as log:
+                            running[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+                        say(f"--- {name}, see {log.name}")
+                    else:
+                        codes[name] = 0
+                for name in [name for name, process in running.items() if process.poll() is not None]:
+                    codes[name] = running.pop(name).returncode
+                for row in [row for row in pending if all(name in codes for name in row.names)]:
+                    pending.remove(row)
+                    yield row, {name: codes[name] for name in row.names if codes[name]}
+                if stop.number:
+                    raise Stopped(stop.number)
+                time.sleep(0.2)
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+
+
+def _lacking(name: str, runs: Path, settings: list[str]) -> bool:
     try:
-        while waiting or running:
-            running = [process for process in running if process.poll() is None]
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
-                command = [sys.executable, "-m", "training.train", "--recipe", name, "--output", folder_of(name, runs)]
-                with open(logs / f"{Path(name).stem}.txt", "a", encoding="utf-8") as log:
-                    running.append(subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment))
-                say(f"--- {name}, see {log.name}")
-            time.sleep(0.2)
-    finally:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+        return not finished(folder_of(name, runs), load_recipe(name, settings))
+    except UserError:  # which its training will tell
+        return True
+
+
+def _log(name: str, runs: Path) -> Path:
+    return runs / "logs" / f"{Path(name).stem}.txt"
 
 
 def collect(run: Path, output: Path) -> list[Path]:
     """A run as tar files of at most 16 MB: `cat NAME.tar.* | tar -x` puts it together.
 
-    Of one that is not finished its last state is part, so that it can be finished on another machine.
+    One that is not finished comes with its state, so that it can be finished on another machine.
     """
-    state = [] if (run / "results.json").is_file() else sorted((run / "state").glob("step-*"))[-2:]
+    state = [] if (run / "results.json").is_file() else sorted((run / "state").glob("step-*.*"))
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for path in [*sorted(path for path in run.iterdir() if path.is_file()), *state]:
             archive.add(path, f"{run.name}/{path.relative_to(run)}")
     data, pieces = buffer.getvalue(), []
     output.mkdir(parents=True, exist_ok=True)
+    for old in output.glob(f"{run.name}.tar.*"):
+        old.unlink()
     for i, start in enumerate(range(0, len(data), PIECE)):
         pieces.append(output / f"{run.name}.tar.{i:02}")
         write_atomically(pieces[-1], data[start : start + PIECE])
@@ -180,28 +204,40 @@ def main() -> int:
 
 def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
     """Train and release row by row; the exit code. A row that cannot be done does not keep the others from it."""
-    code = 0
+    codes: list[int] = []
     try:
-        if args.jobs > 1:
-            train_at_once(rows, args.jobs, args.runs, args.set, args.device)
-        for row in rows:
-            code = _row(row, args) or code
+        if args.jobs == 1:
+            for row in rows:
+                codes.append(_row(row, args))
+        else:
+            for row, failed in trained_at_once(rows, args.jobs, args.runs, args.set, args.device):
+                for name, code in failed.items():
+                    lines = _log(name, args.runs).read_text(encoding="utf-8").split("\n")
+                    reason = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+                    say(f"{row.recipe} is left out: {reason}")
+                codes += failed.values() or [_row(row, args)]
     except Stopped as stopped:
-        code = code if time.monotonic() >= end else 128 + int(stopped.args[0])
         say("stopped; the same command goes on from here")
+        if time.monotonic() < end:
+            codes.append(128 + int(stopped.args[0]))
     if args.collect is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left to do is short, and the reason for all before
         for folder in (folder_of(name, args.runs) for row in rows for name in row.names):
             if folder.is_dir():
                 collect(folder, args.collect)
-    return code
+    return min(filter(None, codes), default=0)
 
 
 def _row(row: Row, args: argparse.Namespace) -> int:
+    """Train what the row lacks, and release or pack it; the exit code."""
     try:
         runs = train_row(row, args.runs, args.set, args.device)
-        for run in runs if args.collect is None else ():
-            others = [other for other in runs if other != run]
-            say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
+        for run in runs:
+            if args.collect is None:
+                others = [other for other in runs if other != run]
+                say(f"released {release(run, row.tag, others, half=row.half, device=args.device)}")
+            else:
+                collect(run, args.collect)
     except Diverged as error:
         say(f"{row.recipe} is left out: {error}")
         return DIVERGED
