@@ -351,7 +351,8 @@ def _decode(
             else:
                 images[i], targets[i] = torch.from_numpy(array), target
     except RuntimeError as error:  # what torch makes of a worker's end
-        raise UserError(f"decoding {source.name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"decoding {source.name}: {reason}; if memory ran out, {STREAM}") from None
     if len(unreadable) == count:
         raise UserError(f"none of the {count} images in {source.name} can be read; the first is {unreadable[0]}")
     if unreadable:
