@@ -43,7 +43,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
+# One process works a file off, so the longest come first; the other way round the last would be waited for.
+LONGEST = ("test_distributed.py", "test_training.py", "test_hub.py", "test_risotto.py", "test_zoo.py")
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
