@@ -792,7 +792,7 @@ def test_a_release_is_a_baseline_as_its_run_is(run, tmp_path):
 
 
 def test_a_record_is_a_baseline_as_its_run_is(run, tmp_path, monkeypatch, command):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RECORDS", tmp_path)
     tables.add(run, sweep=False)
     record = tmp_path / f"{run.name}.json"
     both = release.release(run, "digits", [run, record], tmp_path / "out")
@@ -802,6 +802,21 @@ def test_a_record_is_a_baseline_as_its_run_is(run, tmp_path, monkeypatch, comman
     args = [run, "--tag", "digits", "--output", tmp_path / "out", "--baseline", record]
     assert "is no record of a run" in one_line(command(release.main, *args))
     assert json.loads((both / "results.json").read_text())["baselines"] == [first, second]
+
+
+def test_a_pair_of_records_is_a_row_of_the_results_until_it_is_released(run, tmp_path, monkeypatch):
+    for module in (cards, tables):
+        monkeypatch.setattr(module, "RECORDS", tmp_path)
+    tables.add(run, sweep=False)
+    assert "not released" not in cards.results_table()  # it has no twin
+    record = tmp_path / f"{run.name}.json"
+    shutil.copy(record, tmp_path / f"{run.name}_bn.json")
+    results = json.loads(record.read_text())["results"]
+    [row] = [line for line in cards.results_table().splitlines() if "not released" in line]
+    assert f"`{results['model']}` | digits | {100 * results['raw']['top1']:.2f}%" in row
+    one = next(iter(cards.releases().values()))
+    monkeypatch.setattr(cards, "releases", lambda: {f"{results['model']}.digits": one})
+    assert "not released" not in cards.results_table()
 
 
 def test_where_weights_go_and_what_a_full_budget_means(monkeypatch):

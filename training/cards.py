@@ -61,6 +61,7 @@ DATASETS = {
     },
 }
 LICENSE = "apache-2.0"
+RECORDS = Path(__file__).parent / "results"  # of runs that are not released
 
 
 def releases() -> dict[str, dict[str, Any]]:
@@ -98,19 +99,35 @@ def manifest() -> str:
 
 
 def results_table() -> str:
-    """README: one row a release."""
+    """README: one row a release, then the nets whose numbers alone were kept, beside those of their twins."""
     rows = [
         "| model | data | top-1 (95% interval) | with batch norm | parameters | training | weights |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, result in releases().items():
+    released = releases()
+    for name, result in released.items():
         twin = next((b for b in result["baselines"] if b["model"] == f"{result['model']}_bn"), None)
-        rows.append(
-            f"| [`{name.partition('.')[0]}`](model_cards/{name}) | {name.partition('.')[2]} | {_score(result)} "
-            f"| {_percent(twin['evaluation']['top1']) if twin else '-'} | {result['parameters'] / 1e6:.2f} M "
-            f"| {_training(result)} | {_weights(result)} |"
-        )
+        model, _, tag = name.partition(".")
+        rows.append(_row(f"[`{model}`](model_cards/{name})", tag, result, twin, _weights(result)))
+    for path in sorted(RECORDS.glob("*.json")):
+        other = path.with_stem(f"{path.stem}_bn")
+        result, twin = (_recorded(read_json(file)) if file.is_file() else None for file in (path, other))
+        if twin is not None and f"{result['model']}.{Path(result['data']).name}" not in released:
+            rows.append(_row(f"`{result['model']}`", Path(result["data"]).name, result, twin, "not released"))
     return "\n".join(rows)
+
+
+def _recorded(record: dict[str, Any]) -> dict[str, Any]:
+    results = record["results"]
+    return {**results, "evaluation": results[results.get("better", "raw")]}
+
+
+def _row(model: str, tag: str, result: dict[str, Any], twin: dict[str, Any] | None, weights: str) -> str:
+    beside = _percent(twin["evaluation"]["top1"]) if twin else "-"
+    return (
+        f"| {model} | {tag} | {_score(result)} | {beside} | {result['parameters'] / 1e6:.2f} M | {_training(result)} "
+        f"| {weights} |"
+    )
 
 
 def card(folder: Path, repo_id: str | None = None) -> str:

@@ -17,19 +17,18 @@ from typing import Any
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import write_atomically
 
-from .cards import CARDS, between, duration, read_json, releases
+from .cards import CARDS, RECORDS, between, duration, read_json, releases
 from .recipe import RECIPES, Recipe, load_recipe, section_of, validate
 from .report import verdicts
 from .run_folder import read_metrics
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 
 
 def sweep_table() -> str:
     """NOTES.md: what was tried, and the accuracy on held-out training images."""
     rows = ["| run | settings | held-out top-1 (95% interval) | training loss |", "|---|---|---|---|"]
-    for name, record in _records(RESULTS / "sweeps"):
+    for name, record in _records(RECORDS / "sweeps"):
         best = _best(record["results"])
         low, high = best["top1_interval"]
         settings = ", ".join(f"{key}={value}" for key, value in record["settings"].items())
@@ -63,7 +62,7 @@ def speed_table(short: bool) -> str:
         "|---|---|---|---|",
     ]
     tables: dict[str, list[str]] = {}
-    for path in sorted((RESULTS / "benchmarks").glob("*.json")):
+    for path in sorted((RECORDS / "benchmarks").glob("*.json")):
         found = read_json(path)
         place = f"{found['hardware']}, torch {found['torch']}, timm {found['timm']}"
         rows = tables.setdefault(place, [])
@@ -97,7 +96,7 @@ def reached(name: str) -> str:
     for release, result in releases().items():
         if load_recipe(str(CARDS / release / "recipe.yaml")) == recipe:
             return _reached(result, result["evaluation"])
-    path = RESULTS / f"{name}.json"
+    path = RECORDS / f"{name}.json"
     record = read_json(path) if path.is_file() else None
     if record is None or validate(record["recipe"], str(path)) != recipe:
         return "Accuracy and time: has not been run."
@@ -160,7 +159,7 @@ def add(run: Path, sweep: bool) -> None:
             "epochs": recipe.epochs,
             **{key: value for key, (value, usual) in _unusual(recipe).items() if value != usual},
         }
-    target = (RESULTS / "sweeps" if sweep else RESULTS) / f"{run.name}.json"
+    target = (RECORDS / "sweeps" if sweep else RECORDS) / f"{run.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, (json.dumps(record, indent=1) + "\n").encode())
 
