@@ -108,9 +108,9 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path, monkeypatch):
     assert result.code == 0 and "risotto_resnet20_bn, folded" in result.out
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert all(row["memory"][0] > 0 for row in rows)
+    monkeypatch.setattr(benchmark, "_sample_folder", functools.partial(benchmark._sample_folder, count=32))
     result = command(benchmark.main, "evaluate", "--rounds", 2, "--workers", 0, "--device", "cpu")
     assert result.code == 0 and "cached" in result.out
-    monkeypatch.setattr(benchmark, "_sample_folder", functools.partial(benchmark._sample_folder, count=32))
     result = command(benchmark.main, "input", "--rounds", 2, "--batch", 16, "--workers", 0, "--device", "cpu")
     assert result.code == 0 and "resident pipeline" in result.out and "streaming pipeline" in result.out
     result = command(benchmark.main, "load", "--rounds", 2, "--models", "risotto_resnet20.cifar10-jpeg")
