@@ -1,6 +1,5 @@
 """The command risotto-zoo, the README's promises, and the frame of the project."""
 
-import functools
 import json
 import re
 import runpy
@@ -108,7 +107,8 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path, monkeypatch):
     assert result.code == 0 and "risotto_resnet20_bn, folded" in result.out
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert all(row["memory"][0] > 0 for row in rows)
-    monkeypatch.setattr(benchmark, "_sample_folder", functools.partial(benchmark._sample_folder, count=32))
+    sample_folder = benchmark._sample_folder
+    monkeypatch.setattr(benchmark, "_sample_folder", lambda folder, **_: sample_folder(folder, count=32))
     result = command(benchmark.main, "evaluate", "--rounds", 2, "--workers", 0, "--device", "cpu")
     assert result.code == 0 and "cached" in result.out
     result = command(benchmark.main, "input", "--rounds", 2, "--batch", 16, "--workers", 0, "--device", "cpu")
@@ -119,7 +119,8 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path, monkeypatch):
 
 def test_trainings_at_once_are_compared_with_one_after_another(command, monkeypatch, no_processes):
     monkeypatch.setattr(benchmark, "cores", lambda: 1)
-    monkeypatch.setattr(benchmark, "_sample_folder", functools.partial(benchmark._sample_folder, count=32))
+    sample_folder = benchmark._sample_folder
+    monkeypatch.setattr(benchmark, "_sample_folder", lambda folder, **_: sample_folder(folder, count=32))
     result = command(benchmark.main, "jobs", "--rounds", 2, "--batch", 32, "--device", "cpu")
     assert result.code == 0 and "1 trainings of risotto_resnet20 at once" in result.out
 
