@@ -95,7 +95,13 @@ def test_imports_run_one_way():
         assert not re.search(r"^\s*(from|import) training", path.read_text(), re.M), path
 
 
-def test_benchmarks_compare_with_a_peer(command, tmp_path, monkeypatch):
+@pytest.fixture
+def few_images(monkeypatch):
+    sample_folder = benchmark._sample_folder
+    monkeypatch.setattr(benchmark, "_sample_folder", lambda folder, **_: sample_folder(folder, count=32))
+
+
+def test_benchmarks_compare_with_a_peer(command, tmp_path, few_images):
     result = command(benchmark.main, "init", "--models", "resnet18", "--rounds", 2, "--json", tmp_path / "rows.json")
     assert result.code == 0 and "timm resnet18" in result.out and "torchvision resnet18" in result.out
     result = command(
@@ -107,8 +113,6 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path, monkeypatch):
     assert result.code == 0 and "risotto_resnet20_bn, folded" in result.out
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert all(row["memory"][0] > 0 for row in rows)
-    sample_folder = benchmark._sample_folder
-    monkeypatch.setattr(benchmark, "_sample_folder", lambda folder, **_: sample_folder(folder, count=32))
     result = command(benchmark.main, "evaluate", "--rounds", 2, "--workers", 0, "--device", "cpu")
     assert result.code == 0 and "cached" in result.out
     result = command(benchmark.main, "input", "--rounds", 2, "--batch", 16, "--workers", 0, "--device", "cpu")
@@ -117,10 +121,8 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path, monkeypatch):
     assert result.code == 0 and "creating it + reading the file" in result.out
 
 
-def test_trainings_at_once_are_compared_with_one_after_another(command, monkeypatch, no_processes):
+def test_trainings_at_once_are_compared_with_one_after_another(command, monkeypatch, no_processes, few_images):
     monkeypatch.setattr(benchmark, "cores", lambda: 1)
-    sample_folder = benchmark._sample_folder
-    monkeypatch.setattr(benchmark, "_sample_folder", lambda folder, **_: sample_folder(folder, count=32))
     result = command(benchmark.main, "jobs", "--rounds", 2, "--batch", 32, "--device", "cpu")
     assert result.code == 0 and "1 trainings of risotto_resnet20 at once" in result.out
 
