@@ -26,15 +26,18 @@ ROOT = Path(__file__).parent.parent
 
 
 def sweep_table() -> str:
-    """NOTES.md: what was tried, and the accuracy on held-out training images."""
-    rows = ["| run | settings | held-out top-1 (95% interval) | training loss |", "|---|---|---|---|"]
+    """NOTES.md: what was tried, and how it did on held-out training images."""
+    rows = [
+        "| run | settings | held-out top-1 (95% interval) | held-out loss | training loss |",
+        "|---|---|---|---|---|",
+    ]
     for name, record in _records(RECORDS / "sweeps"):
         best = _best(record["results"])
         low, high = best["top1_interval"]
         settings = ", ".join(f"{key}={value}" for key, value in record["settings"].items())
         rows.append(
             f"| {name} | {settings} | {100 * best['top1']:.1f}% ({100 * low:.1f} to {100 * high:.1f}) "
-            f"| {record['history'][-1]['train_loss']:.3f} |"
+            f"| {best['loss']:.3f} | {record['history'][-1]['train_loss']:.3f} |"
         )
     return "\n".join(rows)
 
@@ -173,6 +176,7 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         "weight_decay": (recipe.optimizer.weight_decay, 0.01),
         "other_weight_decay": (recipe.optimizer.other_weight_decay, None),
         "mixup": (recipe.augment.mixup, 0.0),
+        "cutmix": (recipe.augment.cutmix, 0.0),
         "weight_standardization": (recipe.weight_standardization, False),
         "amp": (recipe.amp, None),
         "cutout": (recipe.augment.cutout, 0),
