@@ -64,7 +64,7 @@ def test_running_statistics_are_those_of_all_processes(command, tmp_path):
 
 
 def test_machines_meet_again_after_one_of_them_has_restarted(tmp_path):
-    """At a step within an epoch whose state they agreed on. Each torchrun counts its own restarts, so the counts differ."""
+    """Within an epoch, at a step agreed to be saved. Each torchrun counts its own restarts, so the counts differ."""
     second = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['GROUP_RANK'] == '1'"
     program = with_step(tmp_path / "program.py", f"if at == 18 and {second}: os.kill(os.getpid(), signal.SIGKILL)")
     meeting = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=test"]
@@ -97,13 +97,8 @@ def test_each_process_resumes_with_its_own_running_statistics(tmp_path):
     first = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"
     killed = f"if at == 6 and rank and {first}: os.kill(os.getpid(), signal.SIGKILL)"
     options = [*FIFTY_STEPS, "--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "model=risotto_resnet20_bn"]
-    options += [
-        "--set",
-        "ema_decay=0.9",
-        "--overwrite",
-        "--set",
-        "resume=never",
-    ]  # both meant for what was there before the first attempt
+    # The last two are meant for what was there before the first attempt.
+    options += ["--set", "ema_decay=0.9", "--set", "resume=never", "--overwrite"]
     runs = [
         torchrun(*options, "--set", f"save_minutes={minutes}", "--output", tmp_path / name, restarts=1, program=program)
         for name, minutes, program in (
