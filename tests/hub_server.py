@@ -99,6 +99,7 @@ class Hub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes, and the second would wait for an acknowledgement
     hub: Hub
 
     def log_message(self, *_):
