@@ -23,6 +23,8 @@ for name in (
 ):
     os.environ.pop(name, None)
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two test processes on two cores: more threads would wait for each other
+
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -34,9 +36,6 @@ import risotto_zoo  # noqa: F401  registers the models
 
 REPOSITORY = Path(__file__).parent.parent
 CIFAR = REPOSITORY / ".data" / "cifar10-jpeg"
-
-
-torch.set_num_threads(1)  # two test processes on two cores: more threads would wait for each other
 
 
 def pytest_addoption(parser):

@@ -40,7 +40,7 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "digits"
     short = ["--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "data.image_size=8", "--set", "batch_size=256"]
     command = [sys.executable, "-m", "training.train", "--recipe", "digits", *short, "--output", str(folder)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, capture_output=True)
     return folder
 
 
@@ -95,7 +95,7 @@ def test_from_a_run_to_a_new_process_with_an_empty_cache(run, hub, command, tmp_
         "images = torch.randn(2, *model.pretrained_cfg['input_size'], generator=torch.Generator().manual_seed(0))\n"
         "st.save_file({'logits': model(images).detach()}, sys.argv[1])"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "elsewhere")}
     subprocess.run([sys.executable, "-c", script, tmp_path / "out"], check=True, env=environment)
     theirs = safetensors.torch.load_file(tmp_path / "out")["logits"]
     assert torch.equal(theirs, logits(timm.create_model(f"local-dir:{run}", pretrained=True)))
@@ -501,7 +501,7 @@ def test_without_a_network_it_says_so_soon(tmp_path):
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
         done = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
         )

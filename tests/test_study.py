@@ -86,7 +86,7 @@ def test_a_signal_stops_a_study_and_begins_no_other(toy, tmp_path):
         "if __name__ == '__main__': study.main()"
     )
     (tmp_path / "main.py").write_text(code)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     process = subprocess.Popen(
         [sys.executable, tmp_path / "main.py", "toy", "--jobs", "1", "--device", "cpu"],
         env=environment,

@@ -37,7 +37,7 @@ TINY = ["--set", "epochs=2", "--set", "data.image_size=8", "--set", "batch_size=
 
 def start(*args, program=("-m", "training.train")):
     """The command as its own process group, on one thread of the CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, *map(str, program), *map(str, args), "--device", "cpu"]
     return subprocess.Popen(
         command,
