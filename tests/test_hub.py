@@ -848,7 +848,7 @@ def test_releasing_again_counts_the_version_only_for_new_weights(run, tmp_path):
     assert model.conv1.weight.dtype == torch.float32
 
 
-def test_the_score_is_that_of_the_weights_released(run, tmp_path, command):
+def test_the_score_is_that_of_the_weights_released(run, tmp_path, command, monkeypatch):
     """The averaged ones where they are the better, and those stored in float16."""
     averaged = tmp_path / "averaged"
     shutil.copytree(run, averaged)
@@ -871,6 +871,10 @@ def test_the_score_is_that_of_the_weights_released(run, tmp_path, command):
     assert command(evaluate.main, f"local-dir:{folder}", *settings).code == 0
     (seen,) = json.loads(numbers.read_text())
     assert seen["loss"] == pytest.approx(told["loss"], rel=1e-6) and seen["top1"] == told["top1"] != 0.987
+    # made again, they are not evaluated again
+    monkeypatch.setattr(release, "_evaluated", lambda *_: pytest.fail("the same weights were evaluated twice"))
+    release.release(averaged, "digits", [], folder, half=True)
+    assert json.loads((folder / "results.json").read_text())["evaluation"] == told
 
 
 def test_fine_tuning_is_shown_only_of_these_very_weights(run, tmp_path, command):

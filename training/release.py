@@ -83,7 +83,6 @@ def release(
     score = results.pop(better)
     if half:
         state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        score = _evaluated(run, recipe, state, device)
     data = safetensors.torch.save(state, metadata={"format": "pt"})
     folder = (output or CARDS / name).resolve()
     before = _release_before(folder, name)
@@ -95,8 +94,11 @@ def release(
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     files[WEIGHTS] = data
     sums = {key: sha256(value) for key, value in files.items()}
-    model_files = ("config.json", WEIGHTS)
-    changed = any(before["sha256"].get(key) != sums[key] for key in model_files)
+    different = {key for key, value in sums.items() if before["sha256"].get(key) != value}
+    changed = bool(different & {"config.json", WEIGHTS})
+    if half:
+        known = not different & {"config.json", WEIGHTS, "recipe.yaml"}
+        score = before["evaluation"] if known else _evaluated(run, recipe, state, device)
     results |= {
         "name": name,
         "version": before["version"] + changed,
