@@ -1,6 +1,5 @@
 """Optimizer, schedule and reparametrization of a recipe, from timm's parts."""
 
-import timm
 import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -41,10 +40,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, capturable: bool = False) 
         raise UserError(f"optimizer {settings.name}: {str(error) or type(error).__name__}") from None
     if capturable:
         if "capturable" not in optimizer.defaults:
-            raise UserError(
-                f"cuda_graph: {settings.name} of timm {timm.__version__} cannot be part of a CUDA graph (muon can "
-                "since 1.0.28); set cuda_graph=false"
-            )
+            raise UserError(f"cuda_graph: {settings.name} cannot be part of a CUDA graph; set cuda_graph=false")
         for group in (optimizer.defaults, *optimizer.param_groups):
             group["capturable"] = True
     return optimizer

@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 import timm.optim
 import yaml
@@ -351,6 +351,7 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
 def section_of(annotation: Any) -> type[Section] | None:
     """The nested section of a field's type, through `| None`; None if the field is a plain value."""
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
+        # In Python 3.10 dict[str, Any] is an instance of type, too.
+        if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
