@@ -22,7 +22,7 @@ def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def exits_cleanly(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Decorate a command: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Decorate a command: a UserError or OSError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
 
     @wraps(main)
     def command() -> None:
@@ -35,6 +35,9 @@ def exits_cleanly(main: Callable[[], int | None]) -> Callable[[], None]:
         except BrokenPipeError:  # the reader of a pipe has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
+        except OSError as error:  # a place that cannot be read or written
+            print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+            code = 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = 130

@@ -142,6 +142,18 @@ def test_generated_tables_are_fresh(command):
     assert command(tables.main, "--check").code == 0
 
 
+def test_a_place_that_cannot_be_written_is_one_line(command, monkeypatch):
+    from training import tables
+
+    def refuse(path, _data):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(tables, "sweep_table", lambda: "| other |")
+    monkeypatch.setattr(tables, "write_atomically", refuse)
+    result = command(tables.main)
+    assert result.code == 2 and result.err.endswith("NOTES.md: Permission denied\n"), result
+
+
 def test_a_stale_table_is_told(command, monkeypatch):
     from training import tables
 

@@ -369,7 +369,8 @@ def _finetunes(result: dict[str, Any]) -> str:
         )
     return "\n".join(rows) + (
         "\n\nTop-1 on images that were held out, one seed; the runs from scratch are of the same architecture, with "
-        "the optimizer that it was first trained with.\n\n![Fine-tuning](finetune.png)"
+        "a start and an optimizer of their own, which need not be those of these weights."
+        "\n\n![Fine-tuning](finetune.png)"
     )
 
 
@@ -394,8 +395,8 @@ def _reproduce(result: dict[str, Any], recipe: Recipe) -> str:
 repository in FOLDER and the data in `{recipe.data.source}`:
 
 ```bash
-python -m training.train --recipe FOLDER/recipe.yaml
-python -m training.evaluate local-dir:FOLDER
+python -m training.train --recipe FOLDER/recipe.yaml --output runs/again
+python -m training.evaluate local-dir:runs/again
 ```
 
 It took {duration(result["train_seconds"])} on {result["hardware"]} \

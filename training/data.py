@@ -238,7 +238,8 @@ def timm_dataset(source: str, training: bool, split: str | None, root: str | Non
         return timm.data.create_dataset(source, root=root, split=split, **options)
     except Exception as error:  # each reader fails in its own way
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"data set {source} cannot be opened: {reason}") from None
+        missing = "; it may need a root (training: --set data.root=FOLDER)" if root is None else ""
+        raise UserError(f"data set {source} cannot be opened: {reason}{missing}") from None
 
 
 def _split(training: bool) -> str:
@@ -253,7 +254,8 @@ def split_folder(folder: Path, training: bool, split: str | None = None) -> Path
     """
     if not folder.is_dir():
         raise UserError(
-            f"data folder {folder} does not exist; unpack the images there, or name another with --set data.source=..."
+            f"data folder {folder} does not exist; unpack the images there, or name another (training: "
+            "--set data.source=...)"
         )
     named = split not in (None, _split(training))
     names = (split,) if named else ("train",) if training else VALIDATION_FOLDERS

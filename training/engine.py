@@ -258,8 +258,8 @@ def _loop(trainer: Trainer, stop: "StopSignals") -> dict[str, Any]:
             f"{trainer.name}, {trainer.parameters / 1e6:.2f} M parameters, "
             f"on {run_folder.hardware(world.device, world.size)}: "
             f"{trainer.pipeline.train_size} training and {trainer.pipeline.val_size} validation images of "
-            f"{len(trainer.pipeline.classes)} classes, {recipe.epochs} epochs "
-            f"of {trainer.pipeline.steps_per_epoch} steps"
+            f"{len(trainer.pipeline.classes)} classes, {'x'.join(map(str, trainer.view.input_size))}, "
+            f"{recipe.epochs} epochs of {trainer.pipeline.steps_per_epoch} steps"
         )
     update: Step = partial(_update, trainer, module)
     if _graphed(recipe, world):
@@ -440,10 +440,12 @@ def _check_finite(trainer: Trainer, bad_step: Tensor) -> None:
         return
     trainer.scheduler.step_update(step)
     rate = trainer.optimizer.param_groups[0]["lr"]
+    folder = trainer.output / "state"
+    kept = f"the last good state is kept in {folder}" if any(folder.glob("step-*.json")) else "no state was saved yet"
     raise Diverged(
         f"the loss is not finite at step {step} (epoch {step // trainer.pipeline.steps_per_epoch + 1}, learning rate "
-        f"{rate:.3g}); the last good state is kept in {trainer.output / 'state'}. Usual mends: a smaller "
-        "optimizer.lr, a longer warmup_epochs, clip: {mode: norm, value: 1}, amp: null"
+        f"{rate:.3g}); {kept}. Usual mends: a smaller optimizer.lr, a longer warmup_epochs, "
+        "clip: {mode: norm, value: 1}, amp: null"
     )
 
 

@@ -158,7 +158,10 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         problems = [
             (self.batch_size % self.accumulate, f"batch_size {self.batch_size} is no multiple of accumulate"),
-            (self.warmup_epochs >= self.epochs, f"warmup_epochs {self.warmup_epochs} leaves nothing of the epochs"),
+            (
+                self.warmup_epochs >= self.epochs,
+                f"warmup_epochs {self.warmup_epochs} leaves nothing of the epochs; set warmup_epochs=0",
+            ),
             (self.batch_size < 2 and (self.augment.mixup or self.augment.cutmix), "mixup and cutmix need two images"),
             (
                 self.model_args.get("num_classes") == 1 and (self.augment.mixup or self.augment.cutmix),
@@ -330,8 +333,8 @@ def explain(error: dict[str, Any], schema: type[BaseModel] = Recipe) -> str:
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
         known = _known_keys(schema)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        return f"unknown key {key!r}; the nearest is {near[0]!r}"
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        return f"unknown key {key!r}; " + (f"the nearest is {near[0]!r}" if near else "training/README.md lists all")
     if kind == "value_error":
         message = error["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
