@@ -15,7 +15,8 @@ from training.distributed import World
 from training.muon import by_shape, set_up_muon
 from training.optimization import build_optimizer, build_scheduler
 from training.pipelines import resident_sets
-from training.recipe import validate
+from training.recipe import Recipe, validate
+from training.release import _differences
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -200,3 +201,11 @@ def test_muon_on_stacked_kernels_does_what_timm_does(options, lr, monkeypatch):
     for plain, stacked, start in zip(*ends, starts, strict=True):
         assert (plain - start).norm() > 0.01
         torch.testing.assert_close(plain, stacked, rtol=1e-5, atol=1e-5)
+
+
+def test_what_null_stands_for_is_no_difference():
+    null = Recipe.model_validate({"optimizer": {"lr": 0.1, "weight_decay": 0.2}})
+    told = {"lr": 0.1, "weight_decay": 0.2, "other_lr": 0.1, "alpha_lr": 0.1, "other_weight_decay": 0.2}
+    assert _differences(null, Recipe.model_validate({"optimizer": told})) == []
+    changed = Recipe.model_validate({"optimizer": told | {"other_weight_decay": 0.1}})
+    assert _differences(null, changed) == ["optimizer.other_weight_decay"]

@@ -65,10 +65,7 @@ def _take_a_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
-    settings = recipe.optimizer
-    other_lr = settings.other_lr or settings.lr
-    alpha_lr = settings.alpha_lr or other_lr
-    decay, other_decay = settings.weight_decay, settings.other_weight_decay
+    settings = recipe.optimizer.filled()
     ends = _ends(model)
     kinds: dict[str, list[nn.Parameter]] = {"kernels": [], "ends": [], "vectors": [], "alphas": []}
     for name, parameter in model.named_parameters():
@@ -81,8 +78,9 @@ def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
         else:
             kind = "ends" if name.startswith(ends) else "kernels"
         kinds[kind].append(parameter)
-    rates = {"kernels": settings.lr, "ends": other_lr, "vectors": other_lr, "alphas": alpha_lr}
-    decays = {"kernels": decay, "ends": decay if other_decay is None else other_decay}
+    other_lr = settings.other_lr
+    rates = {"kernels": settings.lr, "ends": other_lr, "vectors": other_lr, "alphas": settings.alpha_lr}
+    decays = {"kernels": settings.weight_decay, "ends": settings.other_weight_decay}
     groups = []
     for kind, parameters in kinds.items():
         group = {"kind": kind, "params": parameters, "lr": rates[kind], "weight_decay": decays.get(kind, 0.0)}

@@ -109,6 +109,14 @@ class Optimizer(Section):
             raise ValueError(f"unknown optimizer {value!r}{did_you_mean(value, known)}")
         return value
 
+    def filled(self) -> "Optimizer":
+        """With the values that null stands for."""
+        other_lr = self.other_lr or self.lr
+        decay = self.weight_decay if self.other_weight_decay is None else self.other_weight_decay
+        return self.model_copy(
+            update={"other_lr": other_lr, "alpha_lr": self.alpha_lr or other_lr, "other_weight_decay": decay}
+        )
+
 
 class Clip(Section):
     mode: Literal["norm", "value", "agc"] = Field("norm", description="what is limited: the norm, each value, or AGC")

@@ -212,11 +212,9 @@ def _outcome(results: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """The recipe's keys that two runs do not share, but for what cannot change the outcome."""
-    sides = [_flat(recipe.model_dump()) for recipe in (ours, theirs)]
-    for side in sides:  # null stands for another key's value
-        for key, other in (("other_lr", "lr"), ("alpha_lr", "other_lr"), ("other_weight_decay", "weight_decay")):
-            if side[f"optimizer.{key}"] is None:
-                side[f"optimizer.{key}"] = side[f"optimizer.{other}"]
+    sides = [
+        _flat(recipe.model_dump() | {"optimizer": recipe.optimizer.filled().model_dump()}) for recipe in (ours, theirs)
+    ]
     idle = ("val_every", "save_every", "save_minutes", "resume", "log_every", "tensorboard")
     keys = sorted(sides[0].keys() | sides[1].keys())
     return [key for key in keys if key not in idle and sides[0].get(key) != sides[1].get(key)]
