@@ -212,9 +212,8 @@ def _outcome(results: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """The recipe's keys that two runs do not share, but for what cannot change the outcome."""
-    sides = [
-        _flat(recipe.model_dump() | {"optimizer": recipe.optimizer.filled().model_dump()}) for recipe in (ours, theirs)
-    ]
+    filled = [recipe.model_copy(update={"optimizer": recipe.optimizer.filled()}) for recipe in (ours, theirs)]
+    sides = [_flat(recipe.model_dump()) for recipe in filled]
     idle = ("val_every", "save_every", "save_minutes", "resume", "log_every", "tensorboard")
     keys = sorted(sides[0].keys() | sides[1].keys())
     return [key for key in keys if key not in idle and sides[0].get(key) != sides[1].get(key)]
