@@ -1,6 +1,7 @@
 """A model folder: config.json in timm's format and model.safetensors, which `local-dir:` and the Hub both read."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def read_tensors(data: bytes, source: str) -> dict[str, Tensor]:
     return state
 
 
-def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, Any], source: str) -> None:
+def check_state(
+    state: dict[str, Tensor], model: nn.Module, config: dict[str, Any], source: str, shaped_by: Iterable[str] = ()
+) -> None:
     """Compare names and shapes of loaded tensors with those of the model they are for.
 
     The classifier is as wide as `config` says (none for no classes) and the stem reads as many channels, even where
@@ -133,6 +136,7 @@ def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, An
         model: The net that they are about to be loaded into.
         config: timm's pretrained cfg of the weights.
         source: What messages call them.
+        shaped_by: Arguments that the model was made with and the weights may not fit, for messages.
 
     Raises:
         UserError: Naming the first tensor that is missing, left over or of another shape.
@@ -160,6 +164,8 @@ def check_state(state: dict[str, Tensor], model: nn.Module, config: dict[str, An
         else:  # timm drops it, so it may be one for another pooling
             expected[key] = (classes, *state[key].shape[1:])
     mend = "the file belongs to another architecture or was changed"
+    if shaped_by:
+        mend += f", or it was made for another {' and '.join(sorted(shaped_by))}, which create_model was given"
     for key, shape in expected.items():
         if key not in state:
             raise UserError(f"{source} lacks the tensor {key} of {name}: {mend}")

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something the user can mend. The message stands alone: what is wrong, where, and what to do."""
 
 
+class NoWeights(UserError, RuntimeError):
+    """A net that has no pretrained weights; a RuntimeError as timm's own is, for those who catch that."""
+
+
 class HubError(UserError, OSError):
     """What the Hub, or the way to it, refuses; an OSError as the errors of its client are, for those who catch them."""
 

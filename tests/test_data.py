@@ -105,6 +105,8 @@ STREAMED = ["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}"]
         (["model=deit_tiny_patch16_224"], "deit_tiny_patch16_224 takes images of 224 px alone; set"),
         (["model_args={drop_rate: 2}"], "drop_rate is 2, not a number from 0 to below 1"),
         (["model_args={drop_path_rate: x}"], "drop_path_rate is 'x', not a number"),
+        (["model_args={alpha: small}"], "alpha is 'small', not a number"),
+        (["model_args={alpah: 0.1}"], "the net has no argument 'alpah'; did you mean 'alpha'?"),
         ([*STREAMED, "data.loader={re_probe: 1}"], "takes no such argument"),
         ([*STREAMED, "data.loader={auto_augment: foo}"], "data.loader"),
         ([*STREAMED, "data.loader={batch_size: 3}"], "takes no such argument"),
@@ -179,6 +181,8 @@ def test_evaluate_refuses_other_class_counts_and_unknown_models(folder, command,
     assert result.code == 2 and "did you mean" in result.err
     result = command(evaluate.main, "risotto_resnet44", "--data", folder)
     assert result.code == 2 and "no pretrained weights" in result.err
+    result = command(evaluate.main, f"local-dir:{tmp_path / 'run'}", "--data", folder / "val" / "church")
+    assert result.code == 2 and "has one class only;" in result.err
 
 
 # --- what is read

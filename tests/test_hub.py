@@ -25,7 +25,7 @@ from risotto_zoo.errors import UserError
 from risotto_zoo.files import sha256
 from training import cards, engine, evaluate, publish, release, tables, train
 from training.distributed import World
-from training.recipe import Recipe
+from training.recipe import Recipe, load_recipe
 
 OLD_SAFETENSORS = tuple(map(int, safetensors.__version__.split(".")[:2])) < (0, 7)
 
@@ -620,6 +620,14 @@ def test_another_architecture_and_a_truncated_file(folder):
         timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
+def test_what_weights_do_not_fit_is_told_as_timm_tells_it():
+    with pytest.raises(RuntimeError, match="risotto_resnet32 has no pretrained weights"):
+        timm.create_model("risotto_resnet32", pretrained=True)
+    for arguments in ({"global_pool": "catavgmax"}, {"init": "fixup"}):
+        with pytest.raises(UserError, match=f"made for another {next(iter(arguments))}, which create_model was given"):
+            timm.create_model("risotto_resnet20", pretrained=True, **arguments)
+
+
 def test_a_cfg_that_names_other_weights_gets_those_or_none(folder, published, hub):
     overlay = {"hf_hub_id": REPO, "file": None, "num_classes": 10, "input_size": (1, 8, 8)}
     model = timm.create_model("risotto_resnet20", pretrained=True, pretrained_cfg_overlay=overlay)
@@ -889,6 +897,11 @@ def test_fine_tuning_is_shown_only_of_these_very_weights(run, tmp_path, command)
     args = [run, "--tag", "digits", "--output", tmp_path / "out", "--finetune"]
     assert command(release.main, *args, tmp_path / "tuned", tmp_path / "scratch").code == 0
     assert "| digits at 8 px | 300, 1 |" in (tmp_path / "out" / "README.md").read_text()
+    # what it began from is told without the places of this machine
+    told = release.release(tmp_path / "tuned", "digits", [tmp_path / "tuned"], tmp_path / "of-tuned")
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in told.iterdir())
+    assert f"fine-tuned from a run of its author, {run.name}," in (told / "README.md").read_text()
+    assert load_recipe(str(told / "recipe.yaml")).init_from == f"local-dir:{run.name}"
     wrong = one_line(command(release.main, *args, tmp_path / "other", tmp_path / "scratch"))
     assert f"began from local-dir:{elsewhere}, not from the weights of {run}" in wrong
     assert "first, then the one from scratch" in one_line(

@@ -273,7 +273,7 @@ def _what(model: str, result: dict[str, Any], config: dict[str, Any], data: dict
     paper = "initialized by RISOTTO ([arXiv 2210.02411](https://arxiv.org/abs/2210.02411))"
     start = paper if result["init"] == "risotto" else f"initialized by the scheme '{result['init']}' of risotto-zoo"
     if "init_from" in result:
-        start = f"fine-tuned from {result['init_from']}"
+        start = f"fine-tuned from {result['init_from'].replace('local-dir:', 'a run of its author, ')}"
     return (
         f"A ResNet {kind}, {start}, trained on {data['title']}: "
         f"{config['num_classes']} classes, {side[0]} x {side[1]} x {side[2]} inputs, "

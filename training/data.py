@@ -211,7 +211,8 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
         raise UserError(f"{folder} holds no images; it needs one sub-folder of images for each class") from None
     classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get)
     if len(classes) < 2:
-        raise UserError(f"{folder} has one class only ({classes[0]}); it needs a sub-folder for each of two or more")
+        only = f" ({classes[0]})" if classes[0] else ""  # images that lie in the folder itself have no name
+        raise UserError(f"{folder} has one class only{only}; it needs a sub-folder for each of two or more")
     files = [path for path, _ in reader.samples]
     return Source(str(folder), list(reader.samples), classes, files=files, skipped=_other_kinds(folder))
 

@@ -264,6 +264,19 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
 
 
+def without_places(recipe: Recipe) -> Recipe:
+    """The recipe for other people to read: of absolute paths of the machine that ran it, only the last name."""
+    data = {key: _last_name(getattr(recipe.data, key)) for key in ("source", "root")}
+    start = recipe.init_from
+    if start is not None and start.startswith("local-dir:"):
+        start = f"local-dir:{_last_name(start.removeprefix('local-dir:'))}"
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data), "init_from": start})
+
+
+def _last_name(place: str | None) -> str | None:
+    return Path(place).name if place is not None and Path(place).is_absolute() else place
+
+
 def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 

@@ -33,7 +33,7 @@ from .cards import CARDS, DATASETS, card, finetune_figure, read_json, write_page
 from .data import View
 from .distributed import World, choose_device
 from .pipelines import validation_batches, validation_set
-from .recipe import Recipe, load_recipe, validate
+from .recipe import Recipe, dump, load_recipe, validate, without_places
 from .run_folder import read_metrics
 
 PACKAGE_BYTES = 4_000_000
@@ -93,6 +93,10 @@ def release(
     files = {name: (run / name).read_bytes() for name in COPIED}
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     files[WEIGHTS] = data
+    told = without_places(recipe)
+    if told != recipe:
+        head = [line for line in files["recipe.yaml"].decode().splitlines(keepends=True) if line.startswith("#")]
+        files["recipe.yaml"] = "".join([*head, dump(told)]).encode()
     sums = {key: sha256(value) for key, value in files.items()}
     different = {key for key, value in sums.items() if before["sha256"].get(key) != value}
     changed = bool(different & {"config.json", WEIGHTS})
@@ -101,6 +105,7 @@ def release(
         score = before["evaluation"] if known else _evaluated(run, recipe, state, device)
     results |= {
         "name": name,
+        "data": told.data.source,
         "version": before["version"] + changed,
         "weights": better,
         **({"averaged": True} if other is not None else {}),
@@ -111,8 +116,8 @@ def release(
         "sha256": sums,
         "evaluation": score,
         "init": config["model_args"].get("init", "risotto"),
-        **({"init_from": recipe.init_from} if recipe.init_from is not None else {}),
-        "baselines": [_baseline(path, results, recipe) for path in baselines],
+        **({"init_from": told.init_from} if told.init_from is not None else {}),
+        "baselines": [_baseline(path, results, told) for path in baselines],
         "isometry": _isometry(config, recipe),
         "finetunes": [_finetune(*pair, run, None if changed else name) for pair in finetunes or []],
     }
@@ -195,6 +200,8 @@ def _baseline(source: Path, ours: dict[str, Any], recipe: Recipe) -> dict[str, A
     else:
         results, _ = _finished(source)
         theirs = load_recipe(str(source / "recipe.yaml"))
+    theirs = without_places(theirs)
+    results["data"] = theirs.data.source
     for key in ("data", "train_images", "epochs"):
         if results[key] != ours[key]:
             raise UserError(
@@ -244,7 +251,7 @@ def _finetune(tuned: Path, scratch: Path, run: Path, name: str | None) -> dict[s
         sides[side] = {
             **_outcome(results),
             "by_epoch": [row["val_top1"] for row in read_metrics(folder)],
-            "data": results["data"],
+            "data": without_places(recipe).data.source,
         }
         sides[side] |= {"train_images": results["train_images"], "size": recipe.data.image_size}
     if any(sides["tuned"][key] != sides["scratch"][key] for key in ("model", "data", "train_images", "epochs", "size")):

@@ -18,7 +18,7 @@ from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import write_atomically
 
 from .cards import CARDS, RECORDS, between, duration, read_json, releases
-from .recipe import RECIPES, Recipe, load_recipe, section_of, validate
+from .recipe import RECIPES, Recipe, load_recipe, section_of, validate, without_places
 from .report import verdicts
 from .run_folder import read_metrics
 
@@ -150,7 +150,8 @@ def add(run: Path, sweep: bool) -> None:
     if not results.get("finished"):
         raise UserError(f"{run} holds no finished run")
     history = read_metrics(run)
-    recipe = load_recipe(str(run / "recipe.yaml"))
+    recipe = without_places(load_recipe(str(run / "recipe.yaml")))
+    results["data"] = recipe.data.source
     record: dict[str, Any] = {"results": results, "history": history, "recipe": json.loads(recipe.model_dump_json())}
     if sweep:
         record["settings"] = {

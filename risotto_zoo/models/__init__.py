@@ -1,5 +1,7 @@
 """The networks of the zoo; importing this package registers them with timm."""
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,10 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     except UserError:
         raise
     except Exception as error:  # the net, timm, safetensors and the Hub's client each raise their own kinds
-        reason = str(error).split("\n")[0].replace("RisottoResNet.__init__() got", "the model got")
+        reason = str(error).split("\n")[0]
+        if ours := re.match(r"RisottoResNet.__init__\(\) got an unexpected keyword argument '(.+)'", reason):
+            hint = did_you_mean(ours[1], inspect.signature(RisottoResNet).parameters, count=1)
+            reason = f"the net has no argument {ours[1]!r}{hint}"
         raise UserError(f"model {name}: {reason or type(error).__name__}") from None
 
 

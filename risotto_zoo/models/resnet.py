@@ -69,6 +69,8 @@ class RisottoResNet(timm_resnet.ResNet):
         for key, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
                 raise ValueError(f"{key} is {rate!r}, not a number from 0 to below 1")
+        if alpha is not None and not isinstance(alpha, (int, float)):
+            raise ValueError(f"alpha is {alpha!r}, not a number")
         check_choice("output_stride", output_stride, (8, 16, 32) if stem == "imagenet" else (1, 2, 4, 8, 16, 32))
         if not 0 < len(layers) == len(channels) <= 4 or sum(layers) < 2:
             raise ValueError(f"layers {tuple(layers)}, channels {tuple(channels)}: one to four, two blocks in all")

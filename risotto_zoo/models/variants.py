@@ -9,7 +9,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from risotto_zoo.checkpoints import WEIGHTS, check_state, folder_weights, read_tensors, read_verified
-from risotto_zoo.errors import UserError
+from risotto_zoo.errors import NoWeights, UserError
 from risotto_zoo.hub import MANIFEST, hub_weights, release_file, release_weights, repository
 from risotto_zoo.initializers import SCHEMES
 
@@ -57,6 +57,9 @@ _SUFFIXES = {
     "_c": ("no normalization, every skip a 1x1 projection (type C)", {"skip": "projection"}),
     "_bn": ("batch normalization, identity skips where shapes allow", {"norm": "batch"}),
 }
+
+# Arguments that weights of the plain net need not fit; heads and stems of other widths are adapted.
+_SHAPING = {"block", "layers", "channels", "stem", "norm", "skip", "init", "global_pool"}
 
 _ORIGIN = {
     "first_conv": "conv1",
@@ -120,7 +123,7 @@ def _verified_weights(cfg: dict[str, Any], cache_dir: str | Path | None) -> tupl
     if ours:
         return release_weights(name, cache_dir), ours.get("file") or ours["hf_hub_id"]
     released = ", ".join(MANIFEST) or "none yet"
-    raise UserError(f"{cfg['architecture']} has no pretrained weights; released are: {released}")
+    raise NoWeights(f"{cfg['architecture']} has no pretrained weights; released are: {released}")
 
 
 def _of_repository(hub_id: str, cache_dir: str | Path | None) -> tuple[dict[str, Tensor], str]:
@@ -149,7 +152,7 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
         blank = {"init": None} if whole and kwargs.get("init") != "fixup" else {}
 
         def checked(_: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-            check_state(weights, model, cfg, origin)
+            check_state(weights, model, cfg, origin, kwargs.keys() & _SHAPING)
             return weights
 
         model = build_model_with_cfg(
