@@ -1,7 +1,9 @@
 """Exported files agree with PyTorch at any batch size, carry what they need, and are written whole or not at all."""
 
 import csv
+import io
 import json
+import zipfile
 
 import numpy as np
 import onnx
@@ -106,6 +108,32 @@ def test_what_cannot_be_exported_or_read_is_told(tmp_path, command):
         (tmp_path / f".model.new.{suffix}").mkdir()  # where it is written first
         with pytest.raises(UserError, match="cannot be written: Is a directory"):
             export.export(source, tmp_path / f"model.{suffix}")
+
+
+class Harmful:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.trace)!r}, 'w')",)
+
+
+def test_a_program_that_holds_a_pickle_is_refused_without_running_it(tmp_path):
+    export.export(folder_of("risotto_resnet20", tmp_path / "model"), tmp_path / "model.pt2")
+    pickled = io.BytesIO()
+    torch.save((Harmful(tmp_path / "trace"),), pickled)
+    changed = 0
+    with zipfile.ZipFile(tmp_path / "model.pt2") as whole, zipfile.ZipFile(tmp_path / "evil.pt2", "w") as evil:
+        for entry in whole.infolist():
+            replaced = any(word in entry.filename for word in ("sample_inputs", "example_inputs"))  # by torch's version
+            changed += replaced
+            evil.writestr(entry.filename, pickled.getvalue() if replaced else whole.read(entry))
+    assert changed
+    with pytest.raises(UserError, match="damaged or was not written"):
+        export.load_exported(tmp_path / "evil.pt2")
+    assert not (tmp_path / "trace").exists()
 
 
 def test_what_the_exporter_cannot_do_is_one_message(tmp_path, monkeypatch):

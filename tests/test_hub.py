@@ -928,6 +928,10 @@ def test_release_refuses(run, tmp_path, command):
         return one_line(command(release.main, source, "--output", tmp_path / "out", *args))
 
     assert "tag" in refused(run, "--tag", "Two words")
+    released = release.release(run, "digits", [], tmp_path / "released")
+    assert "holds a release, not a run" in refused(released, "--tag", "digits")
+    with pytest.raises(UserError, match="no finished run"):
+        tables.add(released, sweep=False)
     assert "no finished run" in refused(tmp_path / "nothing", "--tag", "digits")
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -111,6 +111,8 @@ def test_scripts_of_others_know_the_models(tmp_path):
 
 def test_from_the_first_run_to_the_hub_and_back(home, images, command):
     torch.set_num_threads(1)
+    (start,) = [line for line in SECTIONS["Start"].splitlines() if "training.train" in line]
+    run(start.replace(".venv/bin/", ""), images, command)
     for section in ("Release and publish", "Load a trained model", "Fine-tune", "Train"):
         for line in commands(section):
             run(line, images, command)

@@ -280,7 +280,7 @@ def test_the_scale_of_every_shipped_study_can_be_told():
 def test_arms_that_were_trained_on_other_machines_are_named():
     arms = {"A": "one", "B": "one", "C, big": "two", "D": "two", "E": "one"}
     records = {arm: {"arm": arm, "hardware": machine} for arm, machine in arms.items()}
-    assert report._machines(records) == "one a run, two one of “C, big”, D"
+    assert report._machines(records) == "one a run (3 runs), two (2 runs, of “C, big”, D)"
     assert report._machines({"A": records["A"]}) == "one a run"
 
 

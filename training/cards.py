@@ -22,6 +22,7 @@ from risotto_zoo.files import sha256, write_atomically
 from risotto_zoo.hub import DEFAULT_ORGANIZATION, PACKAGE
 
 from .recipe import Recipe, load_recipe
+from .run_folder import version_of
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
@@ -158,7 +159,7 @@ def card(folder: Path, repo_id: str | None = None) -> str:
         f"--init-from hf-hub:{repo_id} --set data.source=FOLDER\n```",
         *([_finetunes(result)] if result["finetunes"] else []),
         "## Reproduce",
-        _reproduce(result, recipe),
+        _reproduce(folder, result, recipe),
     ]
     if result["isometry"] is not None:
         parts += ["## At initialization", _isometry(result)]
@@ -390,7 +391,8 @@ def finetune_figure(finetunes: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def _reproduce(result: dict[str, Any], recipe: Recipe) -> str:
+def _reproduce(folder: Path, result: dict[str, Any], recipe: Recipe) -> str:
+    versions = ", ".join(f"{package} {version_of(folder, package)}" for package in ("risotto-zoo", "torch", "timm"))
     return f"""`recipe.yaml` is the whole experiment, `metrics.csv` its log. In a checkout of risotto-zoo, with this
 repository in FOLDER and the data in `{recipe.data.source}`:
 
@@ -400,7 +402,7 @@ python -m training.evaluate local-dir:runs/again
 ```
 
 It took {duration(result["train_seconds"])} on {result["hardware"]} \
-({result["train_images_per_second"]:.0f} images/s)."""
+({result["train_images_per_second"]:.0f} images/s), with {versions}; others need not end with the same weights."""
 
 
 def _isometry(result: dict[str, Any]) -> str:

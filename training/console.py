@@ -38,10 +38,12 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
     ]
     if "better" in results:
         lines.append(f"better weights: {results['better']} (model.safetensors is raw, model_ema.safetensors is ema)")
+    averaged = results.get("better") == "ema"
+    how = f"checkpoint_path='{folder / 'model_ema.safetensors'}'" if averaged else "pretrained=True"
     lines += [
         f"curves    {folder / 'curves.png'}",
-        f"load      timm.create_model('local-dir:{folder}', pretrained=True)  # after import timm, risotto_zoo",
-        f"evaluate  python -m training.evaluate local-dir:{folder}",
+        f"load      timm.create_model('local-dir:{folder}', {how})  # after import timm, risotto_zoo",
+        f"evaluate  python -m training.evaluate local-dir:{folder}{'  # the raw weights' if averaged else ''}",
         f"release   python -m training.release {folder} --tag DATA --output FOLDER",
     ]
     return "\n".join(lines)

@@ -88,6 +88,12 @@ class ImageSet:
         return ImageSet(self.images[indices], self.targets[indices], self.classes, self.unreadable)
 
 
+def normalized(images: Tensor, view: View) -> Tensor:
+    """uint8 images (N, C, H, W) as the model's inputs."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (view.mean, view.std))
+    return (images.float() / 255 - mean) / std
+
+
 def load_set(
     source: str,
     training: bool,

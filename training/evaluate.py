@@ -78,7 +78,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="streaming: loader processes (default: 2)")
     parser.add_argument("--image-size", type=int, help="side of the images (default: the model's)")
     parser.add_argument("--crop-pct", type=float, help="share of the resized image that is kept (default: the model's)")
-    parser.add_argument("--batch-size", type=int, help="images at once (default: as many as fit)")
+    parser.add_argument(
+        "--batch-size", type=int, help="images at once (default: as their size suggests, fewer if memory runs out)"
+    )
     parser.add_argument("--amp", choices=["bfloat16", "float16"], help="autocast (default: float32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--robustness", action="store_true", help="also on damaged images")

@@ -8,11 +8,13 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.images import to_mode
 from risotto_zoo.models import create_model
 
-from .data import View, load_set
+from .data import View, load_set, normalized
 
 SUFFIXES = {".onnx": "onnx", ".ts": "torchscript", ".pt2": "torch.export"}
 OPSET = 18
@@ -134,12 +136,6 @@ def photos(view: View, count: int) -> Tensor:
     return normalized(torch.stack(crops).permute(0, 3, 1, 2), view)
 
 
-def normalized(images: Tensor, view: View) -> Tensor:
-    """uint8 images (N, C, H, W) as the model's inputs."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (view.mean, view.std))
-    return (images.float() / 255 - mean) / std
-
-
 class _Half(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -175,7 +171,7 @@ def _needs(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{package} is not installed; pip install 'risotto-zoo[export]'") from None
+        raise UserError(f"{package} is not installed; in a checkout, pip install -e '.[export]'") from None
 
 
 def _write_onnx(net: nn.Module, images: Tensor, path: Path, facts: str) -> None:
@@ -244,7 +240,9 @@ def _write_program(net: nn.Module, images: Tensor, path: Path, facts: str) -> No
 
 def _read_program(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
     extra = {KEY: ""}
-    program = torch.export.load(str(path), extra_files=extra)
+    # torch keeps tensors in such a file as pickles and would, where one is no plain tensor, run what it says.
+    with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}):
+        program = torch.export.load(str(path), extra_files=extra)
     return torch.no_grad()(program.module()), _text(extra[KEY])
 
 

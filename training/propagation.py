@@ -18,7 +18,7 @@ from risotto_zoo.files import write_atomically
 from risotto_zoo.initializers import SCHEMES
 from risotto_zoo.isometry import probed_singular_values, signal_by_block, signal_map
 
-from .data import View, load_set
+from .data import View, load_set, normalized
 
 FOLDER = Path(__file__).parent / "studies" / "propagation"
 DEPTHS = {20: (3, 3, 3), 56: (9, 9, 9), 110: (18, 18, 18), 1202: (200, 200, 200)}
@@ -69,8 +69,7 @@ def some_images(source: Path, training: bool, count: int) -> tuple[torch.Tensor,
     view = View.of({**timm.get_pretrained_cfg("risotto_resnet20").to_dict(), "crop_mode": "center"})
     held = load_set(str(source), training, view)
     chosen = torch.linspace(0, len(held) - 1, count).long()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (view.mean, view.std))
-    return (held.images[chosen].float() / 255 - mean) / std, held.targets[chosen]
+    return normalized(held.images[chosen], view), held.targets[chosen]
 
 
 def measure(scheme: str, layers: tuple[int, ...], images: torch.Tensor) -> dict[str, Any]:

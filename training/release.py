@@ -72,6 +72,8 @@ def release(
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", tag):
         raise UserError(f"tag {tag!r}: use lower-case letters, digits, - and _, such as cifar10-jpeg")
     results, state = _finished(run)
+    if "evaluation" in results:
+        raise UserError(f"{run} holds a release, not a run")
     config = read_json(run / "config.json")
     recipe = load_recipe(str(run / "recipe.yaml"))
     if recipe.data.holdout:

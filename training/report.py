@@ -188,12 +188,15 @@ def _conditions(study: Study, records: Records) -> str:
 
 
 def _machines(records: Records) -> str:
-    """What the runs were trained on; where that is not one machine, which arms were trained on the rarer ones."""
-    arms: dict[str, dict[str, None]] = {}
+    """What a run was trained on; where that is not one machine, how many on each, and of which arms."""
+    arms: dict[str, list[str]] = {}
     for record in records.values():
-        arms.setdefault(record["hardware"], {})[record["arm"]] = None
+        arms.setdefault(record["hardware"], []).append(record["arm"])
     most, *others = sorted(arms, key=lambda machine: (-len(arms[machine]), machine))
-    return ", ".join([f"{most} a run", *(f"{other} one of {_quoted(arms[other])}" for other in others)])
+    if not others:
+        return f"{most} a run"
+    told = [f"{other} ({len(arms[other])} runs, of {_quoted(dict.fromkeys(arms[other]))})" for other in others]
+    return ", ".join([f"{most} a run ({len(arms[most])} runs)", *told])
 
 
 def _quoted(names: Iterable[str]) -> str:

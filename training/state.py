@@ -43,7 +43,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[
 def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any], list[str]] | None:
     """The newest state that verifies: step, tensors, facts, and a line on each newer one that was skipped.
 
-    Returns None if the folder holds no state at all or none that verifies; then nothing is lost but time.
+    None if the folder holds no state at all; with a step of -1 and nothing but those lines if none verifies.
     """
     skipped: list[str] = []
     for path in sorted(folder.glob("step-*.json"), reverse=True):

@@ -147,7 +147,7 @@ def add(run: Path, sweep: bool) -> None:
         UserError: If the run is not finished.
     """
     results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
-    if not results.get("finished"):
+    if not results.get("finished") or "evaluation" in results:  # a release has that
         raise UserError(f"{run} holds no finished run")
     history = read_metrics(run)
     recipe = without_places(load_recipe(str(run / "recipe.yaml")))

@@ -22,7 +22,6 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from risotto_zoo.errors import UserError, did_you_mean, exits_cleanly
-from risotto_zoo.files import write_atomically
 
 from .cards import read_json
 from .console import say
@@ -162,14 +161,14 @@ def collect(run: Path, output: Path) -> list[Path]:
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for path in [*sorted(path for path in run.iterdir() if path.is_file()), *state]:
             archive.add(path, f"{run.name}/{path.relative_to(run)}")
-    data, pieces = buffer.getvalue(), []
+    data, output = buffer.getvalue(), output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    for old in output.glob(f"{run.name}.tar.*"):
+    new = [output / f".{run.name}.tar.{i:02}" for i in range(-(-len(data) // PIECE))]
+    for i, path in enumerate(new):
+        path.write_bytes(data[i * PIECE : (i + 1) * PIECE])
+    for old in output.glob(f"{run.name}.tar.*"):  # only now: what was packed before is better than half of this
         old.unlink()
-    for i, start in enumerate(range(0, len(data), PIECE)):
-        pieces.append(output / f"{run.name}.tar.{i:02}")
-        write_atomically(pieces[-1], data[start : start + PIECE])
-    return pieces
+    return [path.rename(output / path.name.removeprefix(".")) for path in new]
 
 
 @exits_cleanly

@@ -83,7 +83,8 @@ def _verify_source(source: str | None, place: str, pretrained: bool, cache_dir: 
 
 
 def _is_ours(architecture: str) -> bool:
-    return architecture.partition(".")[0] in timm.list_models(module="variants")
+    name = architecture.partition(".")[0]
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__ == variants.__name__
 
 
 def _refuse_other_weights(cfg: dict[str, Any], place: str) -> None:

@@ -1,6 +1,5 @@
 """The ResNet of the zoo: timm's, with any number of stages, with or without normalization, exactly initialized."""
 
-import difflib
 from typing import Any, Literal
 
 import torch
@@ -10,6 +9,7 @@ from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from risotto_zoo.errors import did_you_mean
 from risotto_zoo.initializers import SCHEMES, risotto_head_
 
 from .blocks import BasicBlock, Bottleneck
@@ -207,6 +207,5 @@ class RisottoResNet(timm_resnet.ResNet):
 def check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Refuse a value that is not among the choices by a ValueError that names the nearest."""
     if value not in choices:
-        near = difflib.get_close_matches(str(value), map(str, choices), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(str(value), map(str, choices), count=1)
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
