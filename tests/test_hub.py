@@ -963,6 +963,10 @@ def test_a_card_names_what_a_model_was_tuned_from_and_how_its_baselines_differ(r
     text = cards.card(folder)
     assert "base_model: somebody/model\n" in text and "fine-tuned from hf-hub:somebody/model@v2" in text
     assert "by the same recipe, but for model, optimizer.lr." in text
+    assert "One seed was trained;" in text
+    results["baselines"][0]["differs"] = ["seed"]
+    (folder / "results.json").write_text(json.dumps(results))
+    assert "2 seeds were trained, of which this is one;" in cards.card(folder)
     for name in ("risotto_resnet20.cifar10-jpeg", "risotto_resnet20"):
         assert cards._base_model(name) == "risotto-zoo/risotto_resnet20.cifar10-jpeg"
     assert cards._base_model("resnet18.a1_in1k") == cards._base_model("resnet18") == "timm/resnet18.a1_in1k"

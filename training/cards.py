@@ -163,7 +163,7 @@ def card(folder: Path, repo_id: str | None = None) -> str:
     ]
     if result["isometry"] is not None:
         parts += ["## At initialization", _isometry(result)]
-    parts += ["## Limits", _limits(config), "## Source", _SOURCE]
+    parts += ["## Limits", _limits(result, config), "## Source", _SOURCE]
     return "\n\n".join(parts) + "\n"
 
 
@@ -414,10 +414,12 @@ def _isometry(result: dict[str, Any]) -> str:
     )
 
 
-def _limits(config: dict[str, Any]) -> str:
+def _limits(result: dict[str, Any], config: dict[str, Any]) -> str:
+    again = sum(row["model"] == result["model"] and row.get("differs") == ["seed"] for row in result["baselines"])
+    seeds = f"{1 + again} seeds were trained, of which this is one" if again else "One seed was trained"
     return (
-        f"It knows {config['num_classes']} classes and answers with one of them whatever it is shown. One seed was "
-        f"trained; the interval above is that of the test images, not of training. It has not been tested for "
+        f"It knows {config['num_classes']} classes and answers with one of them whatever it is shown. {seeds}; "
+        "the interval above is that of the test images, not of training. It has not been tested for "
         "robustness, bias or calibration, and is meant for research."
     )
 
