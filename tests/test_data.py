@@ -386,6 +386,18 @@ def test_mixup_and_cutmix_shares():
     assert sorted(numbers.partner.tolist()) == list(range(400))
 
 
+def test_mixup_prob_leaves_the_other_images_as_they_are():
+    settings = Augment(mixup=1.0, cutmix=1.0, mixup_prob=0.25)
+    numbers = draw(400, settings, stream(0))
+    images, partners = torch.zeros(400, 1, 16, 16), torch.ones(400, 1, 16, 16)
+    out, share = mixed(images, partners, numbers)
+    mixes = out.flatten(1).any(dim=1)
+    assert 70 < mixes.sum() < 130
+    assert torch.equal(share[~mixes], torch.ones(int((~mixes).sum())))
+    assert 0 < numbers.box[mixes, 0].sum() < mixes.sum(), "of those that are mixed some are pasted, some blended"
+    torch.testing.assert_close(out.mean(dim=(1, 2, 3)), 1 - share, atol=1e-5, rtol=0)
+
+
 @pytest.mark.data
 def test_cifar_statistics_are_those_in_the_table():
     from conftest import CIFAR

@@ -51,6 +51,8 @@ def draw(batch: int, augment: Augment, generator: torch.Generator) -> Draw:
         cutmix = (uniform() < (augment.cutmix > 0) / total).float()
         concentration = torch.where(cutmix > 0, augment.cutmix, augment.mixup)
         share = _beta(concentration, generator)
+        if augment.mixup_prob < 1:  # asked, so that a recipe without it draws what it always drew
+            share = torch.where(uniform() < augment.mixup_prob, share, 1.0)
     return Draw(
         flip=uniform(),
         shift=uniform(2),

@@ -72,6 +72,9 @@ class Augment(Section):
     cutout: Annotated[int, Field(ge=0)] = Field(0, description="resident: side of a square set to the mean colour")
     mixup: Amount = Field(0.0, description="alpha of mixup's Beta distribution; 0 for none")
     cutmix: Amount = Field(0.0, description="alpha of cutmix's Beta distribution; 0 for none")
+    mixup_prob: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="share of the images that mixup or cutmix mixes at all"
+    )
 
     @field_validator("crop_scale", mode="before")
     @classmethod

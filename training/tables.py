@@ -178,6 +178,7 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         "other_weight_decay": (recipe.optimizer.other_weight_decay, None),
         "mixup": (recipe.augment.mixup, 0.0),
         "cutmix": (recipe.augment.cutmix, 0.0),
+        "mixup_prob": (recipe.augment.mixup_prob, 1.0),
         "weight_standardization": (recipe.weight_standardization, False),
         "amp": (recipe.amp, None),
         "cutout": (recipe.augment.cutout, 0),
