@@ -537,6 +537,10 @@ def test_init_from_is_taken_as_it_is_typed(command, tmp_path):
     place = f"local-dir:{tmp_path}/run #2: x"
     result = command(train.main, "--recipe", "digits", "--output", tmp_path / "run", "--init-from", place)
     assert result.code == 2 and "run #2: x" in result.err
+    assert not (tmp_path / "run").exists(), "a run that never began leaves no folder"
+    (tmp_path / "mine").mkdir()
+    command(train.main, "--recipe", "digits", "--output", tmp_path / "mine", "--init-from", place)
+    assert (tmp_path / "mine").is_dir(), "the user's own folder stays"
 
 
 def test_nets_of_one_size_are_made_for_another_or_told(command, tmp_path):
@@ -584,7 +588,7 @@ def test_a_signal_while_the_data_is_read_stops_the_run(command, tmp_path, monkey
     monkeypatch.setattr(engine, "build", interrupted)
     result = command(train.main, "--recipe", "digits", *TINY, "--output", tmp_path / "run", "--device", "cpu")
     assert result.code == 143 and "stopped by SIGTERM" in result.err
-    assert signal.getsignal(signal.SIGTERM) == before and not list((tmp_path / "run").iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class ImageSet:
 
 def normalized(images: Tensor, view: View) -> Tensor:
     """uint8 images (N, C, H, W) as the model's inputs."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (view.mean, view.std))
+    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (view.mean, view.std))
     return (images.float() / 255 - mean) / std
 
 

@@ -103,6 +103,7 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
     """
     with StopSignals() as stop, _enough_memory(), compiling(recipe.compile), ExitStack() as held:
         if world.main:
+            held.enter_context(run_folder.no_empty_folder(output))
             run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
             held.enter_context(run_folder.locked(output))
             # Another process may have begun, and ended, a run there before the lock was free.

@@ -28,6 +28,7 @@ from .data import (
     class_names,
     ignore_signals,
     load_set,
+    normalized,
     open_source,
     timm_dataset,
 )
@@ -66,10 +67,8 @@ def validation_batches(
     images: ImageSet, view: View, world: World, size: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized batches of every world.size-th image, beginning at world.rank."""
-    mean, std = _statistics(view, world.device)
     for part in torch.arange(len(images))[world.rank :: world.size].split(size or eval_batch(view)):
-        batch = images.images[part].to(world.device).float() / 255
-        yield (batch - mean[:, None, None]) / std[:, None, None], images.targets[part].to(world.device)
+        yield normalized(images.images[part].to(world.device), view), images.targets[part].to(world.device)
 
 
 def resident_sets(data: Data, view: View, progress: bool = True) -> tuple[ImageSet, ImageSet]:
@@ -119,7 +118,7 @@ class Resident:
         self.batch, self.steps_per_epoch = _batch_plan(recipe, len(train), world)
         check_device_memory(train, world.device)
         self.images, self.targets = train.images.to(world.device), train.targets.to(world.device)
-        self.mean, self.std = _statistics(view, world.device)
+        self.mean, self.std = (torch.tensor(values, device=world.device) for values in (view.mean, view.std))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         recipe, world = self.recipe, self.world
@@ -364,10 +363,6 @@ class _Part(Subset):
             self.dataset.transform = value
         else:
             super().__setattr__(name, value)
-
-
-def _statistics(view: View, device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.tensor(view.mean, device=device), torch.tensor(view.std, device=device)
 
 
 def _batch_plan(recipe: Recipe, images: int, world: World) -> tuple[int, int]:

@@ -72,7 +72,7 @@ class Augment(Section):
     cutout: Annotated[int, Field(ge=0)] = Field(0, description="resident: side of a square set to the mean colour")
     mixup: Amount = Field(0.0, description="alpha of mixup's Beta distribution; 0 for none")
     cutmix: Amount = Field(0.0, description="alpha of cutmix's Beta distribution; 0 for none")
-    mixup_prob: Annotated[float, Field(ge=0, le=1)] = Field(
+    mixup_prob: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="share of the images that mixup or cutmix mixes at all"
     )
 
@@ -177,6 +177,10 @@ class Recipe(Section):
             (
                 self.model_args.get("num_classes") == 1 and (self.augment.mixup or self.augment.cutmix),
                 "augment: mixup and cutmix have nothing to mix with one class",
+            ),
+            (
+                self.augment.mixup_prob < 1 and not (self.augment.mixup or self.augment.cutmix),
+                "augment: mixup_prob has no effect without mixup or cutmix; set one of them or leave it out",
             ),
             (
                 self.optimizer.layer_decay is not None

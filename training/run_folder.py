@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,18 @@ def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             pass
     except OSError as error:
         raise UserError(f"output folder {folder} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Leave no folder behind that was not there before, should nothing be written into it."""
+    new = not folder.exists()
+    try:
+        yield
+    finally:
+        if new:
+            with suppress(OSError):  # it holds a run, as it should
+                folder.rmdir()
 
 
 @contextmanager
