@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_NO_IMAGES = "there are no images to evaluate on"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -163,7 +165,7 @@ def summarize(outcomes: Outcomes, total: Callable[[Tensor], Tensor] = lambda cou
     images, top1, top5, loss = total(counts.double()).tolist()
     images, top1, top5 = round(images), round(top1), round(top5)
     if images == 0:
-        raise ValueError("there are no images to evaluate on")
+        raise ValueError(_NO_IMAGES)
     return Evaluation(
         images=images,
         top1=top1 / images,
@@ -180,13 +182,26 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Evaluation:
-    """`summarize` of `observe`, over all processes if `total` sums counters over them."""
+    """`summarize` of `observe`, over all processes if `total` sums counters over them.
+
+    Args:
+        model: On any device.
+        batches: Normalized images, (B, C, H, W), and class indices, (B,), on the model's device.
+        total: Sums float64 counters, shape (4,), over processes; this process's own if left out.
+    Raises:
+        ValueError: If there is no image at all.
+    """
     device = next(model.parameters()).device
 
     def over_processes(counts: Tensor) -> Tensor:  # NCCL sums on the device
         return total(counts.to(device)).cpu() if device.type == "cuda" else total(counts)
 
     return summarize(observe(model, batches), over_processes)
+
+
+def _require_images(outcomes: Outcomes) -> None:
+    if not len(outcomes.targets):
+        raise ValueError(_NO_IMAGES)
 
 
 def per_class(outcomes: Outcomes) -> list[tuple[int, float]]:
@@ -214,7 +229,12 @@ class Calibration:
 
 
 def calibration(outcomes: Outcomes, bins: int = 15) -> Calibration:
-    """How far confidence is from accuracy."""
+    """How far confidence is from accuracy, in `bins` of equal width.
+
+    Raises:
+        ValueError: If there is no image at all.
+    """
+    _require_images(outcomes)
     confidence, correct = outcomes.confidence.double(), outcomes.correct.double()
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1
     counts = torch.bincount(which, minlength=bins)
@@ -241,9 +261,14 @@ def compare(first: Outcomes, second: Outcomes, samples: int = 10_000, seed: int 
     The bootstrap draws the numbers of images that only one model gets right from their multinomial distribution, which
     is what resampling the images does.
 
+    Args:
+        first, second: Both models' outcomes, image by image in one order.
+        samples: Of the bootstrap.
+        seed: Of the bootstrap.
     Raises:
-        ValueError: If they were not observed on the same images.
+        ValueError: If they were not observed on the same images, or on none.
     """
+    _require_images(first)
     if not torch.equal(first.targets, second.targets):
         raise ValueError("the two models did not see the same images")
     total = len(first.targets)

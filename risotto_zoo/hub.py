@@ -142,10 +142,11 @@ def fetch(
             if cached is None or not (_may_pass(error) or isinstance(error, OfflineModeIsEnabled)):
                 raise explained(error, what, repo_id, _by_hand(repo_id, revision)) from None
             return read_verified(cached, digest or _known_hash(cached, what, unnamed))
-        if digest is not None and known.etag != digest:
+        # A mirror may state another kind of hash, or none.
+        if digest is not None and _is_hash(known.etag, digest) and known.etag != digest:
             raise HubError(f"{what} is not the file this version of risotto-zoo knows; install the newest risotto-zoo")
         path = _download(repo_id, filename, revision, cache_dir, what)
-        stated = known.etag if _is_hash(known.etag) else _known_hash(path, what, unnamed)
+        stated = digest or (known.etag if _is_hash(known.etag) else _known_hash(path, what, unnamed))
         try:
             return read_verified(path, stated, known.size)
         except UserError as error:
@@ -267,8 +268,9 @@ def _is_xet(error: Exception) -> bool:
     return type(error).__name__.startswith("Xet") or type(error) is RuntimeError
 
 
-def _is_hash(etag: str | None) -> bool:
-    return etag is not None and len(etag) in (40, 64) and set(etag) <= set("0123456789abcdef")
+def _is_hash(etag: str | None, like: str | None = None) -> bool:
+    lengths = (40, 64) if like is None else (len(like),)
+    return etag is not None and len(etag) in lengths and set(etag) <= set("0123456789abcdef")
 
 
 def _blob(path: Path) -> Path:

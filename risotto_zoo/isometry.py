@@ -57,7 +57,7 @@ def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: 
         parts = [
             _vjp(function, image.expand(len(b), *image.shape), b).flatten(1)[:, reached] for b in basis.split(chunk)
         ]
-    values = torch.linalg.svdvals(torch.cat(parts).cpu())
+    values = torch.linalg.svdvals(_at_least_float32(torch.cat(parts).cpu()))
     return torch.cat([values, values.new_zeros(rank_bound - len(values))])
 
 
@@ -81,10 +81,15 @@ def probed_singular_values(
     probes = min(probes, outputs, image.numel())
     cotangents = torch.randn(probes, outputs, generator=generator, device="cpu").to(image)
     pulled = _vjp(function, image.expand(probes, *image.shape), cotangents).flatten(1)
-    _, scale, rows = torch.linalg.svd(pulled, full_matrices=False)
-    rows = rows[scale > scale.max() * 1e-6].unflatten(1, image.shape)
+    _, scale, rows = torch.linalg.svd(_at_least_float32(pulled), full_matrices=False)
+    rows = rows[scale > scale.max() * 1e-6].unflatten(1, image.shape).to(image)
     pushed = _jvp(function, image.expand_as(rows), rows)
-    return torch.linalg.svdvals(pushed).cpu()
+    return torch.linalg.svdvals(_at_least_float32(pushed)).cpu()
+
+
+def _at_least_float32(matrix: Tensor) -> Tensor:
+    """torch decomposes no matrices of half precision."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _vjp(function: Callable[[Tensor], Tensor], images: Tensor, cotangents: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
         model: A ResNet with stages `layer1`, `layer2`, ...
         images: Two or more images, shape (B, C, H, W).
     Raises:
-        ValueError: If fewer than two images are given.
+        ValueError: If fewer than two images are given, or the net has no such stages.
     """
     if len(images) < 2:
         raise ValueError("similarity needs at least two images")
@@ -137,6 +142,8 @@ def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
     finally:
         for handle in handles:
             handle.remove()
+    if not maps:
+        raise ValueError(f"{type(model).__name__} is not a ResNet: it has no blocks in layer1, layer2, ...")
     last = next(reversed(maps.values())).shape[2:]
     results = []
     for name, full in maps.items():
@@ -149,7 +156,7 @@ def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
 
 
 def _similarity(rows: Tensor) -> float:
-    """Mean cosine of all pairs of different rows."""
-    unit = nn.functional.normalize(rows, dim=1)
+    """Mean cosine of all pairs of different rows; nan if one is zero."""
+    unit = rows / rows.norm(dim=1, keepdim=True)  # torch's own normalize sets a floor, which small signals are below
     different = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     return (unit @ unit.T)[different].mean().item()

@@ -113,6 +113,10 @@ def test_comparison_agrees_with_scipy_and_with_resampling_images():
 def test_edges():
     with pytest.raises(ValueError, match="no images"):
         summarize(observe(Table(torch.zeros(1, 3)), []))
+    nothing = observe(Table(torch.zeros(1, 3)), [])
+    for question in (calibration, lambda outcomes: compare(outcomes, outcomes)):
+        with pytest.raises(ValueError, match="no images"):
+            question(nothing)
     model, batches, *_ = made(count=3, classes=2)
     outcomes = observe(model, batches)
     assert outcomes.in_five.all() and summarize(outcomes).top5 == 1

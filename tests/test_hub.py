@@ -1,6 +1,7 @@
 """Releases on their way: publish, fetch, verify, whatever the line, the Hub or the disk does to them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -447,6 +448,21 @@ def test_a_release_that_is_on_the_hub_alone(folder, hub, monkeypatch):
         timm.create_model("risotto_resnet20", **args)
 
 
+def test_a_mirror_that_states_no_sha256_is_checked_by_the_manifests(folder, hub, monkeypatch):
+    args, name = hub_only(monkeypatch, folder, hub)
+    told = huggingface_hub.get_hf_file_metadata
+
+    def vague(*given, **options):
+        return dataclasses.replace(told(*given, **options), etag="d41d8cd98f00b204e9800998ecf8427e")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", vague)
+    timm.create_model("risotto_resnet20", **args)
+    hub.put(fetching.repository(name), {WEIGHTS: b"others"}, tag="v1")
+    huggingface_hub.constants.HF_HUB_CACHE += "-empty"
+    with pytest.raises(UserError, match="nothing was kept"):
+        timm.create_model("risotto_resnet20", **args)
+
+
 def test_the_manifests_hash_counts_without_a_network_too(folder, hub, monkeypatch):
     """The cache holds another file under the release's name, whole by the Hub's word, and the Hub is out of order."""
     args, name = hub_only(monkeypatch, folder, hub)
@@ -797,6 +813,26 @@ def test_a_release_is_a_baseline_as_its_run_is(run, tmp_path):
     both = release.release(run, "digits", [run, other], tmp_path / "out")
     first, second = json.loads((both / "results.json").read_text())["baselines"]
     assert first == second and first["evaluation"]["images"] > 0
+
+
+def test_runs_on_one_folder_that_has_an_absolute_path_are_comparable(photo_folder, tmp_path, command):
+    settings = ["data.image_size=8", "batch_size=8", "epochs=1", "warmup_epochs=0", "model_args={in_chans: 3}"]
+    settings += [f"data.source={photo_folder}", "data.train_images=40"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    for name in ("one", "two"):
+        result = command(train.main, "--recipe", "digits", *options, "--output", tmp_path / name, "--device", "cpu")
+        assert result.code == 0, result.err
+    out = release.release(tmp_path / "one", "photos", [tmp_path / "two"], tmp_path / "out")
+    [baseline] = json.loads((out / "results.json").read_text())["baselines"]
+    assert baseline["differs"] == []
+    text = (out / "README.md").read_text()
+    assert "Trained on 40 of the training images" in text and str(photo_folder.parent) not in text
+
+
+def test_a_tag_of_other_data_is_refused(run, tmp_path, command):
+    args = [run, "--tag", "cifar10-jpeg", "--output", tmp_path / "out"]
+    assert "was trained on digits, not on cifar10-jpeg" in one_line(command(release.main, *args))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_record_is_a_baseline_as_its_run_is(run, tmp_path, monkeypatch, command):

@@ -1,11 +1,14 @@
 """The models are timm models: everything timm's users and tools rely on works for each of them."""
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import group_parameters
+from torch.ao.quantization import fuse_modules
+from torch.fx.experimental.optimization import fuse
 
 NAMES = timm.list_models("risotto_*")
 SMALL = ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet20_bn", "risotto_resnet18", "risotto_resnet18_bn"]
@@ -265,6 +268,8 @@ def test_a_head_is_adapted_as_timms_scripts_ask_for_it(options, tmp_path):
         ({"rotated_pairs": 0}, "rotated_pairs is 0"),
         ({"init": "skipinit", "rotated_pairs": 2}, "is of init='risotto', not of 'skipinit'"),
         ({"output_stride": 3}, "output_stride must be one of"),
+        ({"features_only": True, "out_indices": (1, 4)}, r"feature maps 0 \(its stem's\) to 3"),
+        ({"features_only": True, "out_indices": 5}, r"feature maps 0 \(its stem's\) to 3"),
         ({"layers": (1, 1), "channels": (16, 32, 64)}, "one to four"),
         ({"layers": (1,), "channels": (16,)}, "two blocks"),
         ({"pretrained": True, "init": "risoto"}, "did you mean 'risotto'"),
@@ -273,3 +278,19 @@ def test_a_head_is_adapted_as_timms_scripts_ask_for_it(options, tmp_path):
 def test_wrong_options_say_what_is_right(options, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("risotto_resnet20", **options)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = timm.create_model("risotto_resnet20", alpha=np.float32(0.5), drop_rate=np.float32(0.25))
+    assert model.layer1[0].alpha == 0.5 and model.drop_rate == 0.25
+
+
+@pytest.mark.parametrize("name", ["risotto_resnet18_bn", "risotto_resnet50_bn", "risotto_resnet20_bn"])
+def test_tools_fold_every_batch_norm(name):
+    model = timm.create_model(name, seed=0).eval()
+    x = images(model)
+    folded = fuse(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(x), model(x), atol=1e-5, rtol=0)
+    last = "conv3" if "resnet50" in name else "conv2"
+    fuse_modules(model, [[f"layer1.0.{last}", f"layer1.0.bn{last[-1]}"]])

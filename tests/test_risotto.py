@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-from risotto_zoo.initializers import he_, risotto_
+from risotto_zoo.initializers import he_, risotto_, risotto_head_
 from risotto_zoo.initializers.risotto import identity_basic_block
 from risotto_zoo.isometry import probed_singular_values, signal_by_block, signal_map, singular_values
 from risotto_zoo.models import BasicBlock, Bottleneck, RisottoResNet
@@ -114,8 +114,22 @@ def test_similarity_and_norm_are_constant_by_depth_and_he_makes_images_alike():
     assert all(block.norm == pytest.approx(odd[0].norm, rel=1e-12) for block in odd)
     he = signal_by_block(timm.create_model("risotto_resnet56", init="he", seed=0, dtype=torch.float64), images)
     assert he[-1].similarity > 0.8 > he[0].similarity
+    faint = signal_by_block(
+        timm.create_model("risotto_resnet56", init="he", seed=0, dtype=torch.float64), 1e-20 * images
+    )
+    assert [block.similarity for block in faint] == pytest.approx([block.similarity for block in he], abs=1e-9)
     with pytest.raises(ValueError, match="two images"):
         signal_by_block(timm.create_model("risotto_resnet20"), torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="no blocks"):
+        signal_by_block(nn.Sequential(nn.Conv2d(3, 4, 3)), images.float())
+
+
+def test_nets_of_half_precision_are_measured():
+    model = timm.create_model("risotto_resnet20", seed=0, dtype=torch.bfloat16).eval()
+    for measure, side in ((singular_values, 8), (probed_singular_values, 32)):
+        image = torch.randn(3, side, side, generator=torch.Generator().manual_seed(0)).bfloat16()
+        values = measure(signal_map(model), image)
+        torch.testing.assert_close(values[:3].float(), torch.ones(3), atol=0.2, rtol=0)  # rounding, of 8 bits
 
 
 # --- the seed
@@ -181,7 +195,7 @@ def test_alpha_of_a_net_with_batch_norm_is_the_last_gamma():
     model = risotto_(timm.create_model("resnet18"), alpha=0.5)
     assert torch.equal(model.layer2[0].bn2.weight, torch.full((128,), 0.5))
     values = effective_spectrum(model, torch.randn(3, 16, 16, dtype=torch.float64))
-    torch.testing.assert_close(values, torch.ones_like(values), atol=1e-6, rtol=0)
+    torch.testing.assert_close(values, torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +213,9 @@ def test_options_of_timm_that_stay_exact(options):
     model = risotto_(timm.create_model("resnet18", **options))
     image = torch.randn(options.get("in_chans", 3), 16, 16, dtype=torch.float64)
     values = effective_spectrum(model, image)
-    torch.testing.assert_close(values, torch.ones_like(values), atol=1e-6, rtol=0)
+    pixels = 16 if "output_stride" in options else 1  # the max pool let through
+    ones = torch.ones(image.shape[0] * pixels, dtype=torch.float64)
+    torch.testing.assert_close(values, ones, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -230,13 +246,28 @@ def test_what_cannot_be_exact_is_refused_and_left_alone(make, named, reason):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_head_that_does_not_fit_the_pairs_is_refused_and_left_alone():
+    for inputs in (96, 10):
+        head = nn.Linear(inputs, 5)
+        before = head.weight.clone()
+        with pytest.raises(ValueError, match=f"{inputs} inputs are no multiple of 64"):
+            risotto_head_(head, 64)
+        assert torch.equal(head.weight, before)
+
+
+def test_an_alpha_that_the_dtype_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match=r"alpha=1e-05 .*float16 cannot hold"):
+        timm.create_model("risotto_resnet20", dtype=torch.float16, alpha=1e-5)
+    model = timm.create_model("risotto_resnet20", dtype=torch.float16, alpha=1e-4)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_what_fixup_leaves_in_its_scalars_is_zeroed_by_the_others():
     model = timm.create_model("risotto_resnet20", init="fixup", dtype=torch.float64).eval()
     for name, parameter in model.named_parameters():
         parameter.data.fill_(3.0) if name.endswith("biases") else None
     risotto_(model, generator=torch.Generator().manual_seed(0))
-    values = singular_values(signal_map(model), torch.randn(3, 16, 16, dtype=torch.float64))
-    torch.testing.assert_close(values[values > 0], torch.ones_like(values[values > 0]), atol=1e-10, rtol=0)
+    assert_isometric(model, torch.randn(3, 16, 16, dtype=torch.float64), 1e-10)
 
 
 def test_a_signal_that_fills_its_channels_may_narrow():

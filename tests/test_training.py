@@ -1,6 +1,7 @@
 """Training end to end: what a run leaves, that it is reproducible, and that nothing interrupts it for good."""
 
 import csv
+import errno
 import functools
 import hashlib
 import json
@@ -22,7 +23,7 @@ import yaml
 
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import wilson_interval
-from training import engine, evaluate, train
+from training import engine, evaluate, run_folder, train
 from training.cuda_graph import WARMUP
 from training.data import View
 from training.distributed import World
@@ -413,6 +414,22 @@ def test_a_full_disk_keeps_the_previous_state(command, tmp_path, monkeypatch):
     assert command(train.main, *options).code == 0
 
 
+def test_a_full_disk_loses_nothing_of_the_run_to_be_replaced(finished, command, tmp_path, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = ["--recipe", "digits", *TINY, "--output", folder, "--device", "cpu", "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_atomically", full)
+        result = command(train.main, *options)
+    assert result.code == 2 and "what it held is untouched" in result.err and "Traceback" not in result.err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert command(train.main, *options).code == 0
+
+
 def test_what_a_run_stopped_before_its_last_row_lacks_is_made_up_for(command, tmp_path, monkeypatch):
     """Killed after the state of the last epoch was saved and before its metrics were."""
 
@@ -683,6 +700,30 @@ def test_streaming_trains_on_a_folder_and_resumes_exactly(workers, photo_folder,
     streamed = json.loads((tmp_path / "one" / "results.json").read_text())["raw"]
     result = command(evaluate.main, f"local-dir:{tmp_path / 'one'}", "--device", "cpu")
     assert result.code == 0 and f"{100 * streamed['top1']:.2f}%" in result.out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the loader processes are forked")
+@pytest.mark.parametrize("fault", ["killed", "unreadable"])
+def test_what_befalls_a_loader_process_is_one_line_and_ends_the_run(fault, photo_folder, tmp_path):
+    source, patch = photo_folder, ""
+    if fault == "killed":  # one of two; the other one waits for its parent meanwhile
+        patch = "pipelines.ignore_signals = lambda worker: ignore(worker) or worker and os.kill(os.getpid(), 9)\n"
+    else:
+        source = shutil.copytree(photo_folder, tmp_path / "photos")
+        for path in (source / "train").rglob("*.jpg"):
+            path.write_bytes(b"no image")
+    (tmp_path / "program.py").write_text(
+        f"import os\nfrom training import pipelines, train\nignore = pipelines.ignore_signals\n{patch}train.main()\n"
+    )
+    settings = ["data.pipeline=streaming", "data.image_size=16", "data.workers=2", "batch_size=8", "epochs=1"]
+    settings += ["augment.shift=0", "augment.crop_scale=[0.5, 1.0]", "warmup_epochs=0", f"data.source={source}"]
+    options = [word for setting in [*settings, "model_args={in_chans: 3}"] for word in ("--set", setting)]
+    program = [str(tmp_path / "program.py")]
+    process = start("--recipe", "digits", *options, "--output", tmp_path / "run", program=program)
+    _, err = process.communicate(timeout=60)
+    words = {"killed": f"error: reading {source}: DataLoader worker", "unreadable": "error: none of the training"}
+    assert process.returncode == 2 and "Traceback" not in err, err
+    assert words[fault] in err, err
 
 
 def test_shipped_recipes_are_valid_and_say_what_they_need():

@@ -143,7 +143,12 @@ def card(folder: Path, repo_id: str | None = None) -> str:
     name = result["name"]
     model, _, tag = name.partition(".")
     repo_id = repo_id or f"{DEFAULT_ORGANIZATION}/{name}"
-    other = {"title": tag, "hub": None, "split": "test", "caveat": f"The folder that the recipe names {tag}."}
+    other = {
+        "title": tag,
+        "hub": None,
+        "split": "test",
+        "caveat": f"The images in `{result['data']}`, as the recipe names them.",
+    }
     data = DATASETS.get(tag, other)
     parts = [
         f"---\n{_metadata(name, result, data).to_yaml()}\n---",
@@ -151,7 +156,7 @@ def card(folder: Path, repo_id: str | None = None) -> str:
         _what(model, result, config, data),
         "## Results",
         _results(result),
-        f"**Data.** {data['caveat']}",
+        f"**Data.** {data['caveat']}{_subset(result, recipe)}",
         "## Use",
         _use(repo_id, config, result),
         "## Fine-tune",
@@ -391,6 +396,12 @@ def finetune_figure(finetunes: list[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
+def _subset(result: dict[str, Any], recipe: Recipe) -> str:
+    if recipe.data.train_images is None:
+        return ""
+    return f" Trained on {result['train_images']:,} of the training images, a fixed random subset."
+
+
 def _reproduce(folder: Path, result: dict[str, Any], recipe: Recipe) -> str:
     versions = ", ".join(f"{package} {version_of(folder, package)}" for package in ("risotto-zoo", "torch", "timm"))
     return f"""`recipe.yaml` is the whole experiment, `metrics.csv` its log. In a checkout of risotto-zoo, with this
@@ -402,7 +413,7 @@ python -m training.evaluate local-dir:runs/again
 ```
 
 It took {duration(result["train_seconds"])} on {result["hardware"]} \
-({result["train_images_per_second"]:.0f} images/s), with {versions}; others need not end with the same weights."""
+({result["train_images_per_second"]:.0f} images/s), begun with {versions}; others need not end with the same weights."""
 
 
 def _isometry(result: dict[str, Any]) -> str:

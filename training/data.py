@@ -1,8 +1,10 @@
 """Image sets: where the images come from, and the uint8 arrays that hold a set in memory."""
 
+import atexit
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,6 +35,7 @@ from .distributed import cores
 VALIDATION_FOLDERS = ("val", "validation", "test")
 STREAM = "stream it: data.pipeline=streaming in training, --stream in evaluation"
 DECODING = 2  # part of the cache's keys; to be raised when the same files become other arrays
+_WORKER = "DataLoader worker"  # in what torch says of one
 IMAGES_PER_WORKER = 100  # below, a process costs more than it saves
 TIMM_SCHEMES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
@@ -352,16 +355,13 @@ def _decode(
     )
     images, targets = torch.empty(count, *shape, dtype=torch.uint8), torch.full((count,), -1)
     unreadable = []
-    try:
+    with loader_faults(f"decoding {source.name}", STREAM):
         results = itertools.chain.from_iterable(loader)  # which starts the processes
         for i, (array, target, problem) in enumerate(_bar(results, count, f"decoding {source.name}", progress)):
             if problem:
                 unreadable.append(problem)
             else:
                 images[i], targets[i] = torch.from_numpy(array), target
-    except RuntimeError as error:  # what torch makes of a worker's end
-        reason = str(error).splitlines()[0]
-        raise UserError(f"decoding {source.name}: {reason}; if memory ran out, {STREAM}") from None
     if len(unreadable) == count:
         raise UserError(f"none of the {count} images in {source.name} can be read; the first is {unreadable[0]}")
     if unreadable:
@@ -373,6 +373,38 @@ def ignore_signals(_worker: int) -> None:
     """In each loader process: signals are its parent's business, which still needs it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_loaders() -> None:
+    """Python's own end of a process asks its children by SIGTERM, and would wait for those that ignore it."""
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take their end for a fault
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+@contextmanager
+def loader_faults(what: str, mend: str) -> Iterator[None]:
+    """What torch makes of a loader process that was killed, or found no image to read, in one line.
+
+    Args:
+        what: What was being done.
+        mend: What helps if it was killed for its memory.
+    Raises:
+        UserError: In the place of torch's errors.
+    """
+    try:
+        yield
+    except UserError as error:  # with its whole traceback as text, if a process raised it
+        if _WORKER not in str(error):
+            raise
+        raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
+    except RuntimeError as error:
+        if not str(error).startswith(_WORKER):
+            raise
+        raise UserError(f"{what}: {str(error).splitlines()[0]}; if memory ran out, {mend}") from None
 
 
 def _bar(iterable: Iterator, total: int, what: str, show: bool) -> Iterator:

@@ -30,7 +30,7 @@ from . import run_folder
 from .augment import stream
 from .console import EpochBar, epoch_line, say, summary
 from .cuda_graph import GraphedStep, Step
-from .data import View
+from .data import View, loader_faults
 from .distributed import World, compiling
 from .optimization import build_optimizer, build_scheduler, folded_state, freeze, standardize
 from .pipelines import Pipeline, build_pipeline
@@ -101,7 +101,8 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         Diverged: On a non-finite loss; the last good state is kept.
         Stopped: After SIGTERM or Ctrl-C, the state saved.
     """
-    with StopSignals() as stop, _enough_memory(), compiling(recipe.compile), ExitStack() as held:
+    faults = loader_faults(f"reading {recipe.data.source}", "set a smaller data.workers")
+    with StopSignals() as stop, _enough_memory(), faults, compiling(recipe.compile), ExitStack() as held:
         if world.main:
             held.enter_context(run_folder.no_empty_folder(output))
             run_folder.check_output(output, recipe, overwrite, resume or recipe.resume == "auto")
@@ -112,7 +113,7 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         if number := world.largest(stop.number):
             raise Stopped(number)
         if world.main:
-            with _writing(output):
+            with _writing(output, "what it held is untouched. Make room and run the same command again"):
                 run_folder.begin(output, recipe, overwrite)
         world.barrier()
         _resume(trainer)
@@ -136,15 +137,14 @@ def _enough_memory() -> Iterator[None]:
 
 
 @contextmanager
-def _writing(output: Path) -> Iterator[None]:
+def _writing(
+    output: Path, rest: str = "the last good state is kept. Make room; the same command, without --overwrite, goes on"
+) -> Iterator[None]:
     """A full disk or a folder gone read-only, in one line."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{output} could not be written ({error.strerror or error}); the last good state is kept. "
-            "Make room; the same command, without --overwrite, goes on"
-        ) from None
+        raise UserError(f"{output} could not be written ({error.strerror or error}); {rest}") from None
 
 
 def build(recipe: Recipe, output: Path, world: World) -> Trainer:

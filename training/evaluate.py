@@ -40,7 +40,7 @@ from risotto_zoo.files import write_atomically
 from risotto_zoo.models import create_model
 
 from .corruptions import CORRUPTIONS, STRENGTHS
-from .data import ImageSet, View, load_set
+from .data import ImageSet, View, load_set, loader_faults
 from .distributed import World, choose_device, compiling
 from .export import SUFFIXES, load_exported
 from .pipelines import EVAL_BATCH, eval_batch, open_dataset, streamed_batches, validation_batches, validation_set
@@ -196,7 +196,7 @@ def run(net: Net, images: ImageSet | Streamed, view: View, device: torch.device,
     batch = args.batch_size or eval_batch(view)
     while True:
         try:
-            with compiling(args.compile):
+            with compiling(args.compile), loader_faults(f"reading {args.data}", "take fewer --workers"):
                 outcomes = observe(net, _batches(images, view, device, batch, args.workers), amp)
         except torch.OutOfMemoryError:
             if batch == 1 or args.batch_size:

@@ -96,6 +96,9 @@ def release(
     files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     files[WEIGHTS] = data
     told = without_places(recipe)
+    results["data"] = told.data.source
+    if tag in DATASETS and Path(told.data.source).name != tag:
+        raise UserError(f"{run} was trained on {told.data.source}, not on {tag}; name a tag of its own")
     if told != recipe:
         head = [line for line in files["recipe.yaml"].decode().splitlines(keepends=True) if line.startswith("#")]
         files["recipe.yaml"] = "".join([*head, dump(told)]).encode()
@@ -107,7 +110,6 @@ def release(
         score = before["evaluation"] if known else _evaluated(run, recipe, state, device)
     results |= {
         "name": name,
-        "data": told.data.source,
         "version": before["version"] + changed,
         "weights": better,
         **({"averaged": True} if other is not None else {}),

@@ -116,14 +116,20 @@ def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
 
     With `overwrite`, remove the files of the run before it, and only those.
     """
+    text = f"{_versions()}{dump(recipe)}".encode()
     if overwrite:
+        coming = folder / "recipe.yaml.tmp"
+        write_atomically(coming, text)  # on a full disk nothing is lost
         for name in ("state", "tensorboard"):
             for path in (folder / name).glob("*"):
-                path.unlink()
+                if path.is_file():
+                    path.unlink()
         for name in FILES:
-            (folder / name).unlink(missing_ok=True)
+            if name != "recipe.yaml":  # the folder stays that of a run, whenever this is interrupted
+                (folder / name).unlink(missing_ok=True)
+        coming.replace(folder / "recipe.yaml")
     if not (folder / "recipe.yaml").is_file():
-        write_atomically(folder / "recipe.yaml", f"{_versions()}{dump(recipe)}".encode())
+        write_atomically(folder / "recipe.yaml", text)
 
 
 def begun_since(folder: Path, moment: float) -> bool:
@@ -164,6 +170,8 @@ def hardware(device: torch.device, processes: int) -> str:
     """What the run ran on, such as '1 x NVIDIA H200' or '2 threads of AMD EPYC'."""
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
+    if device.type != "cpu":
+        return f"{processes} x {device.type} device of a {platform.machine()} {platform.system()} machine"
     name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -144,7 +144,8 @@ def risotto_(
     Args:
         model: The network, on any device, of any floating dtype.
         alpha: Weight of the residual branch at the start, 1 if None. 0 (the skip alone) needs a projection skip in
-            every block.
+            every block. With projection skips a large one costs digits: singular values are then off by some |alpha|
+            times the dtype's eps.
         generator: Source of randomness, a CPU generator; the global one if None.
         rotated_pairs: How many pairs of channels a block with an identity skip rotates, a random subset of its own; all
             that its branch is wide enough for if None. Fewer make branches of smaller kernels, and so steps of training
@@ -166,8 +167,8 @@ def risotto_(
         _check_block(block, alpha)
     _check_widths(model, structure)
     features = structure.blocks[-1].convs[-1].out_channels
-    if structure.head is not None and structure.head.in_features % features:
-        raise ValueError(f"fc: {structure.head.in_features} inputs are no multiple of the {features} feature channels")
+    if structure.head is not None:
+        _check_head(structure.head, features)
 
     for norm in structure.norms:
         norm.reset_parameters()
@@ -184,7 +185,18 @@ def risotto_(
 
 @torch.no_grad()
 def risotto_head_(head: nn.Linear, features: int, generator: torch.Generator | None = None) -> None:
-    """Initialize a linear classifier on `features` paired channels in place, as `head_matrix` states; bias 0."""
+    """Initialize a linear classifier on paired channels in place, as `head_matrix` states; its bias is 0.
+
+    Args:
+        head: Weight of shape (classes, pools * features), where pooling concatenates `pools` maps of features.
+        features: Channels of the last feature map, an even number.
+        generator: Source of randomness, a CPU generator; the global one if None.
+    Raises:
+        ValueError: If the head's inputs are no multiple of `features`. No weight has changed then.
+
+    Source: arXiv 2210.02411; heads behind several pools go beyond it.
+    """
+    _check_head(head, features)
     pools = head.in_features // features
     head.weight.copy_(head_matrix(head.out_features, head.in_features, pools, generator))
     if head.bias is not None:
@@ -208,11 +220,19 @@ def _check_widths(model: nn.Module, structure: ResNetStructure) -> None:
         fills = fills and layer.out_channels <= layer.in_channels
 
 
+def _check_head(head: nn.Linear, features: int) -> None:
+    if features < 2 or features % 2 or head.in_features < features or head.in_features % features:
+        raise ValueError(f"fc: {head.in_features} inputs are no multiple of {features} paired feature channels")
+
+
 def _check_block(block: Block, alpha: float) -> None:
     if block.skip is not None:
         return
     if alpha == 0:
         raise ValueError(f"{block.name}: alpha=0 with an identity skip leaves no branch to make the map orthogonal")
+    dtype = block.convs[-1].weight.dtype
+    if 2 / abs(alpha) > torch.finfo(dtype).max:  # the largest weight that LL(M) - I over alpha can have
+        raise ValueError(f"{block.name}: alpha={alpha} makes weights of the branch that {dtype} cannot hold")
     channels, *inner = [block.convs[0].in_channels] + [conv.out_channels for conv in block.convs[:-1]]
     if len(block.convs) == 2 and inner != [channels]:
         raise ValueError(f"{block.name}: an identity skip needs {channels} inner channels, found {inner[0]}")

@@ -54,8 +54,9 @@ class _Residual(nn.Module):
         super().__init__(inplanes, planes, stride, downsample, norm_layer=norm_layer, **kwargs, **dd)
         normalized = norm_layer is not nn.Identity
         *_, (name, last) = ((n, m) for n, m in self.named_children() if isinstance(m, nn.Conv2d))
-        like = (last.in_channels, last.out_channels, last.kernel_size, 1, last.padding, last.dilation)
-        setattr(self, name, ScaledConv2d(*like, bias=False, **dd))
+        if not normalized:  # with batch norm it stays as tools that fold or fuse the two expect it
+            like = (last.in_channels, last.out_channels, last.kernel_size, 1, last.padding, last.dilation)
+            setattr(self, name, ScaledConv2d(*like, bias=False, **dd))
         convs = [m for m in self.children() if isinstance(m, nn.Conv2d)]
         if projection and self.downsample is None:
             width = convs[-1].out_channels
@@ -96,8 +97,9 @@ class BasicBlock(_Residual, timm_resnet.BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.act1(self.bn1(self._after(self.conv1(self._before(x, 0)), 0)))
-        branch = self.bn2(self.conv2(self._before(branch, 1), self.alpha))
-        return self.act2(self._merge(branch, x))
+        branch = self._before(branch, 1)
+        branch = self.conv2(branch) if self.alpha is None else self.conv2(branch, self.alpha)
+        return self.act2(self._merge(self.bn2(branch), x))
 
 
 class Bottleneck(_Residual, timm_resnet.Bottleneck):
@@ -106,5 +108,6 @@ class Bottleneck(_Residual, timm_resnet.Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         branch = self.act1(self.bn1(self._after(self.conv1(self._before(x, 0)), 0)))
         branch = self.act2(self.bn2(self._after(self.conv2(self._before(branch, 1)), 1)))
-        branch = self.bn3(self.conv3(self._before(branch, 2), self.alpha))
-        return self.act3(self._merge(branch, x))
+        branch = self._before(branch, 2)
+        branch = self.conv3(branch) if self.alpha is None else self.conv3(branch, self.alpha)
+        return self.act3(self._merge(self.bn3(branch), x))

@@ -1,5 +1,6 @@
 """The ResNet of the zoo: timm's, with any number of stages, with or without normalization, exactly initialized."""
 
+import numbers
 from typing import Any, Literal
 
 import torch
@@ -67,9 +68,9 @@ class RisottoResNet(timm_resnet.ResNet):
         check_choice("stem", stem, ("imagenet", "cifar"))
         check_choice("init", init, (*SCHEMES, None))
         for key, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
-            if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
                 raise ValueError(f"{key} is {rate!r}, not a number from 0 to below 1")
-        if alpha is not None and not isinstance(alpha, (int, float)):
+        if alpha is not None and not isinstance(alpha, numbers.Real):
             raise ValueError(f"alpha is {alpha!r}, not a number")
         check_choice("output_stride", output_stride, (8, 16, 32) if stem == "imagenet" else (1, 2, 4, 8, 16, 32))
         if not 0 < len(layers) == len(channels) <= 4 or sum(layers) < 2:

@@ -148,6 +148,11 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
         whole = pretrained and asked == (cfg["num_classes"], cfg["input_size"][0]) and not kwargs.get("features_only")
         whole &= cfg["num_classes"] >= 0  # below, timm makes a new head in any case
         check_choice("init", kwargs.get("init", "risotto"), (*SCHEMES, None))
+        levels = len(kwargs.get("layers", net["layers"])) + 1
+        wanted = kwargs.get("out_indices") if kwargs.get("features_only") else None
+        for level in range(wanted) if isinstance(wanted, int) else wanted or ():
+            if not -levels <= level < levels:
+                raise ValueError(f"out_indices {wanted}: {name} has feature maps 0 (its stem's) to {levels - 1}")
         # Every weight is about to be overwritten, so none is drawn; Fixup has parameters of its own, so it is made.
         blank = {"init": None} if whole and kwargs.get("init") != "fixup" else {}
 
@@ -161,7 +166,7 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
             pretrained,
             pretrained_cfg=cfg,
             pretrained_filter_fn=checked,
-            feature_cfg={"out_indices": tuple(range(len(kwargs.get("layers", net["layers"])) + 1))},
+            feature_cfg={"out_indices": tuple(range(levels))},
             **{**net, **kwargs, **blank},
         )
         model.pretrained_cfg.pop("state_dict", None)
