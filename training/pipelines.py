@@ -50,7 +50,8 @@ class Pipeline(Protocol):
         """Float images, shape (B, C, H, W), and target distributions, (B, K), of this process, on its device."""
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Float images and class indices, (B,); together the processes see each image once."""
+        """Float images and class indices, (B,); together the processes see each image once, but of a set that is read
+        in order what its reader gives each."""
 
 
 def build_pipeline(recipe: Recipe, view: View, world: World) -> Pipeline:
@@ -162,6 +163,8 @@ class Streaming:
         self.unreadable: list[str] = []  # by their kind; one that is broken is named when it is read
         self.train = self._open(True, data.train_split)
         self.val = self._open(False, data.val_split)
+        if world.main and world.size > 1 and isinstance(self.val, IterableDataset):
+            say(f"validation is approximate: {data.source} is read in order, and its reader shares it out by shards")
         self.classes = self.train_classes
         self.train_size, self.val_size = _images(self.train), _images(self.val)
         self.batch, self.steps_per_epoch = _batch_plan(recipe, self.train_size, world)
