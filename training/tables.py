@@ -141,7 +141,8 @@ def pages() -> dict[Path, str]:
 
 
 def add(run: Path, sweep: bool) -> None:
-    """Copy the numbers of a finished run into training/results (or its sweeps), under the run folder's name.
+    """Copy the numbers of a finished run into training/results (or its sweeps), under the run folder's name;
+    its history to six digits.
 
     Raises:
         UserError: If the run is not finished.
@@ -149,7 +150,8 @@ def add(run: Path, sweep: bool) -> None:
     results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
     if not results.get("finished") or "evaluation" in results:  # a release has that
         raise UserError(f"{run} holds no finished run")
-    history = read_metrics(run)
+    short = lambda value: None if value is None else float(f"{value:.6g}")  # noqa: E731
+    history = [{key: short(value) for key, value in row.items()} for row in read_metrics(run)]
     recipe = without_places(load_recipe(str(run / "recipe.yaml")))
     results["data"] = recipe.data.source
     record: dict[str, Any] = {"results": results, "history": history, "recipe": json.loads(recipe.model_dump_json())}
