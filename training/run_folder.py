@@ -128,7 +128,7 @@ def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
             if name != "recipe.yaml":  # the folder stays that of a run, whenever this is interrupted
                 (folder / name).unlink(missing_ok=True)
         coming.replace(folder / "recipe.yaml")
-    if not (folder / "recipe.yaml").is_file():
+    elif not (folder / "recipe.yaml").is_file():
         write_atomically(folder / "recipe.yaml", text)
 
 
