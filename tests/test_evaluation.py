@@ -26,6 +26,7 @@ from risotto_zoo.evaluation import (
     observe,
     per_class,
     summarize,
+    wilson_interval,
 )
 from training import evaluate as command_line
 from training.corruptions import CORRUPTIONS, STRENGTHS
@@ -65,6 +66,7 @@ def test_everything_agrees_with_scikit_learn():
     recalls = recall_score(targets, predicted, average=None)
     assert [share for _, share in per_class(outcomes)] == pytest.approx(list(recalls))
     assert evaluate(model, batches).top1 == result.top1
+    assert 0 < outcomes.seconds < 60
 
 
 def test_calibration_agrees_with_a_plain_loop():
@@ -110,7 +112,30 @@ def test_comparison_agrees_with_scipy_and_with_resampling_images():
         )
 
 
+@pytest.mark.parametrize("correct, total", [(0, 1), (0, 30), (1, 2), (9, 10), (30, 30), (8922, 10000)])
+def test_intervals_of_accuracies_are_wilsons(correct, total):
+    from scipy.stats import binomtest
+
+    expected = binomtest(correct, total).proportion_ci(method="wilson")
+    assert wilson_interval(correct, total) == pytest.approx((expected.low, expected.high), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("a, b", [(0, 1), (0, 9), (3, 12), (70, 40), (513, 470)])
+def test_mcnemars_p_is_exact(a, b):
+    from scipy.stats import binomtest
+
+    right = torch.arange(1000)  # classes of their own, so that a wrong prediction is any other number
+    first, second = right.clone(), right.clone()
+    second[:a] += 1
+    first[a : a + b] += 1
+    made = [Outcomes(right, predicted, *[torch.ones(1000)] * 3, 1001, 1.0) for predicted in (first, second)]
+    result = compare(*made)
+    assert (result.only_first, result.only_second) == (a, b)
+    assert result.p == pytest.approx(binomtest(a, a + b, 0.5).pvalue, rel=1e-9)
+
+
 def test_edges():
+    assert wilson_interval(0, 0) == (0, 1)
     with pytest.raises(ValueError, match="no images"):
         summarize(observe(Table(torch.zeros(1, 3)), []))
     nothing = observe(Table(torch.zeros(1, 3)), [])

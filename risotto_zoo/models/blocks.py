@@ -63,10 +63,8 @@ class _Residual(nn.Module):
             self.downsample = timm_resnet.downsample_conv(inplanes, width, 1, stride, norm_layer=norm_layer, **dd)
         self.register_parameter("alpha", None if normalized else nn.Parameter(torch.ones((), **dd)))
         self.register_parameter("biases", nn.Parameter(torch.zeros(2 * len(convs), **dd)) if scalar_biases else None)
-        if (
-            not normalized and not scalar_biases
-        ):  # the skip needs no bias of its own: the branch's last one is added to the same sum
-            for conv in convs:
+        if not normalized and not scalar_biases:
+            for conv in convs:  # the skip needs no bias of its own: the branch's last one is added to the same sum
                 conv.bias = nn.Parameter(torch.zeros(conv.out_channels, **dd))
 
     def _before(self, x: Tensor, layer: int) -> Tensor:
