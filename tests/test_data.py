@@ -386,6 +386,14 @@ def test_mixup_and_cutmix_shares():
     assert sorted(numbers.partner.tolist()) == list(range(400))
 
 
+def test_shares_are_of_each_mixing_its_own_beta_distribution():
+    numbers = draw(20_000, Augment(mixup=0.2, cutmix=2.0), stream(0))
+    pasted = numbers.box[:, 0] > 0
+    for shares, a in ((numbers.share[~pasted], 0.2), (numbers.share[pasted], 2.0)):
+        assert shares.mean().item() == pytest.approx(0.5, abs=0.01)
+        assert shares.var().item() == pytest.approx(1 / (4 * (2 * a + 1)), rel=0.04)
+
+
 def test_mixup_prob_leaves_the_other_images_as_they_are():
     settings = Augment(mixup=1.0, cutmix=1.0, mixup_prob=0.25)
     numbers = draw(400, settings, stream(0))

@@ -1,5 +1,8 @@
 """RISOTTO is what it claims: every non-zero singular value of the signal Jacobian is 1."""
 
+import itertools
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -8,7 +11,7 @@ from torch import nn
 
 from risotto_zoo.initializers import he_, risotto_, risotto_head_
 from risotto_zoo.initializers.risotto import identity_basic_block
-from risotto_zoo.isometry import probed_singular_values, signal_by_block, signal_map, singular_values
+from risotto_zoo.isometry import probed_singular_values, signal, signal_by_block, signal_map, singular_values
 from risotto_zoo.models import BasicBlock, Bottleneck, RisottoResNet
 
 NAMES = timm.list_models("risotto_*")
@@ -112,8 +115,17 @@ def test_similarity_and_norm_are_constant_by_depth_and_he_makes_images_alike():
         assert block.norm == pytest.approx(blocks[0].norm, rel=1e-12)
     odd = signal_by_block(timm.create_model("risotto_resnet20", seed=0, dtype=torch.float64), images[..., :31, :27])
     assert all(block.norm == pytest.approx(odd[0].norm, rel=1e-12) for block in odd)
-    he = signal_by_block(timm.create_model("risotto_resnet56", init="he", seed=0, dtype=torch.float64), images)
+    net = timm.create_model("risotto_resnet56", init="he", seed=0, dtype=torch.float64)
+    he = signal_by_block(net, images)
     assert he[-1].similarity > 0.8 > he[0].similarity
+    last = net.forward_features(images).detach()
+    pairs = list(itertools.combinations(range(4), 2))
+    for maps, similarity in ((signal(last), he[-1].similarity), (last, he[-1].activation_similarity)):
+        cosines = [nn.functional.cosine_similarity(maps[i].flatten(), maps[j].flatten(), dim=0) for i, j in pairs]
+        assert similarity == pytest.approx(np.mean(cosines), rel=1e-12)
+    norms = signal(last).flatten(1).norm(dim=1)
+    assert he[-1].norm == pytest.approx(norms.square().mean().sqrt().item(), rel=1e-12)
+    assert len(signal_by_block(net, images[:2])) == 27
     faint = signal_by_block(
         timm.create_model("risotto_resnet56", init="he", seed=0, dtype=torch.float64), 1e-20 * images
     )
