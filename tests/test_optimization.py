@@ -9,11 +9,12 @@ import timm.optim.muon
 import torch
 from torch import nn
 
+from risotto_zoo.errors import UserError
 from training import engine
 from training.data import View
 from training.distributed import World
 from training.muon import by_shape, set_up_muon
-from training.optimization import build_optimizer, build_scheduler
+from training.optimization import build_optimizer, build_scheduler, folded_state, freeze, standardize
 from training.pipelines import resident_sets
 from training.recipe import Recipe, validate
 from training.release import _differences
@@ -110,6 +111,54 @@ def test_kernels_decay_and_vectors_do_not(model, name, other):
             assert bool(group.get("use_fallback")) == (parameter.ndim != 4 or ends), key
 
 
+def test_muon_is_nesterovs_unless_the_recipe_says_otherwise():
+    net = timm.create_model("risotto_resnet20")
+    for options, nesterov in (({}, True), ({"nesterov": False}, False)):
+        optimizer = build_optimizer(net, recipe({"name": "muon", "options": options}))
+        assert {group["nesterov"] for group in optimizer.param_groups} == {nesterov}
+
+
+@pytest.mark.parametrize("model", ["risotto_resnet20", "risotto_resnet18_bn"])
+def test_layer_decay_leaves_to_muon_the_kernels_alone(model):
+    net = timm.create_model(model)
+    optimizer = build_optimizer(net, recipe({"name": "muon", "lr": 0.4, "weight_decay": 0.05, "layer_decay": 0.5}))
+    found = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for key, parameter in net.named_parameters():
+        group = found[id(parameter)]
+        kernel = parameter.ndim == 4 and key != "conv1.weight"
+        assert bool(group["use_fallback"]) != kernel, key
+        assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0), key
+    scales = [found[id(weight)]["lr_scale"] for weight in (net.conv1.weight, net.layer1[0].conv1.weight, net.fc.weight)]
+    assert scales[0] <= 0.5 * scales[1] < 0.25 == 0.25 * scales[2]
+
+
+@pytest.mark.parametrize("frozen", [1, 2, 4])
+def test_frozen_parts_are_not_trained(frozen):
+    net = timm.create_model("risotto_resnet20")
+    freeze(net, frozen)
+    kept = ("conv1.", "layer1.", "layer2.", "layer3.")[:frozen]
+    assert all(p.requires_grad != key.startswith(kept) for key, p in net.named_parameters())
+    with pytest.raises(UserError, match="the model has 5 parts"):
+        freeze(net, 5)
+
+
+def test_standardized_kernels_keep_mean_and_norm_whatever_their_directions_do():
+    net = timm.create_model("risotto_resnet20", seed=0, dtype=torch.float64)
+    before = {name: module.weight.detach().clone() for name, module in net.named_modules() if hasattr(module, "weight")}
+    standardize(net)
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            if key.endswith("original0"):
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) + 1)
+    for name, module in net.named_modules():
+        if hasattr(module, "parametrizations"):
+            new, old = module.weight.detach().flatten(1), before[name].flatten(1)
+            assert (new - old).abs().max() > 0.01, name
+            torch.testing.assert_close(new.mean(dim=1), old.mean(dim=1))
+            torch.testing.assert_close(new.std(dim=1), old.std(dim=1))
+    assert set(folded_state(net)) == set(timm.create_model("risotto_resnet20").state_dict())
+
+
 @pytest.mark.parametrize(("amp", "single"), [(None, True), ("bfloat16", False)])
 def test_the_recipe_and_not_the_machine_says_in_what_format_muon_orthogonalizes(amp, single):
     """An orthogonalized update does not depend on the gradient's scale, but for rounding."""
@@ -186,7 +235,7 @@ def test_muon_on_stacked_kernels_does_what_timm_does(options, lr, monkeypatch):
     """Three steps, kernels of several shapes, one taller than wide, in the memory format of a GPU's training."""
     shapes = [(8, 4, 3, 3), (8, 4, 3, 3), (64, 8, 1, 1), (8, 8, 3, 3), (8, 4, 3, 3)]
     torch.manual_seed(0)
-    starts, grads = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    starts, *grads = ([torch.randn(shape) for shape in shapes] for _ in range(4))
     ends = []
     set_up_muon(torch.device("cpu"), None)
     for function in (timm.optim.muon.muon, by_shape):
@@ -194,8 +243,8 @@ def test_muon_on_stacked_kernels_does_what_timm_does(options, lr, monkeypatch):
         params = [nn.Parameter(start.clone(memory_format=torch.channels_last)) for start in starts]
         optimizer = timm.optim.Muon(params, **{"lr": lr, "weight_decay": 0.1, "nesterov": True, **options})
         for step in range(3):
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad * (step + 1)
+            for param, grad in zip(params, grads[step], strict=True):
+                param.grad = grad.clone()
             optimizer.step()
         ends.append([param.detach() for param in params])
     for plain, stacked, start in zip(*ends, starts, strict=True):
