@@ -66,6 +66,17 @@ def test_the_scalar_biases_of_fixup_stand_where_the_paper_puts_them():
     torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-14)
 
 
+def test_and_in_a_bottleneck():
+    block = make("risotto_resnet50_cifar", "fixup").layer1[1]
+    torch.nn.init.normal_(block.conv3.weight)
+    torch.nn.init.normal_(block.biases)
+    torch.nn.init.constant_(block.alpha, 0.7)
+    x, b = torch.rand(2, 256, 4, 4, dtype=torch.float64), block.biases
+    inner = torch.relu(block.conv2(torch.relu(block.conv1(x + b[0]) + b[1]) + b[2]) + b[3])
+    expected = torch.relu(block.conv3(inner + b[4]) * 0.7 + b[5] + x)
+    torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-13)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("scheme", ["skipinit", "rezero"])
 @pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet18_cifar_bn"])
@@ -88,8 +99,9 @@ def test_skipinit_learns_its_multipliers_first():
 def test_he_and_rezero_have_their_variances():
     he = he_(timm.create_model("risotto_resnet18"), generator=torch.Generator().manual_seed(0))
     rezero = rezero_(timm.create_model("risotto_resnet18"), generator=torch.Generator().manual_seed(0))
-    for net, expected in ((he, 2 / (256 * 9)), (rezero, 1 / (3 * 256 * 9))):
-        assert net.layer3[1].conv1.weight.var().item() == pytest.approx(expected, rel=0.02)
+    for net, kernel, head in ((he, 2 / (256 * 9), 1 / 512), (rezero, 1 / (3 * 256 * 9), 1 / (3 * 512))):
+        assert net.layer3[1].conv1.weight.var().item() == pytest.approx(kernel, rel=0.02)
+        assert net.fc.weight.var().item() == pytest.approx(head, rel=0.02) and not net.fc.bias.any()
     assert rezero.layer3[1].conv1.weight.abs().max() <= (256 * 9) ** -0.5
 
 
@@ -102,6 +114,8 @@ def test_delta_orthogonal_kernels_are_orthogonal_and_delta():
                 matrix.T @ matrix, gain * torch.eye(conv.in_channels, dtype=torch.float64), rtol=0, atol=1e-12
             )
             assert conv.weight.count_nonzero() <= matrix.numel()
+    head = model.fc.weight
+    torch.testing.assert_close(head @ head.T, torch.eye(10, dtype=torch.float64), rtol=0, atol=1e-12)
     # no pairs: this is not RISOTTO's structure
     centre = model.layer1[1].conv1.weight[:, :, 1, 1]
     assert not torch.allclose(centre[:8, :8], centre[8:, 8:])
