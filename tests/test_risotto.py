@@ -258,7 +258,32 @@ def test_what_cannot_be_exact_is_refused_and_left_alone(make, named, reason):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("pools", [1, 2])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: timm.create_model("risotto_resnet50_cifar", **options),
+        lambda **options: timm.create_model("risotto_resnet20_bn", **options),
+        lambda **options: timm.create_model("resnet50", **options),
+    ],
+)
+def test_the_head_reads_the_signal_of_every_pool_by_a_semi_orthogonal_matrix(make, pools):
+    model = risotto_(make(num_classes=6, global_pool="avg" if pools == 1 else "catavgmax"))
+    parts = [part.chunk(2, dim=1) for part in model.fc.weight.detach().double().chunk(pools, dim=1)]
+    for plus, minus in parts:
+        assert torch.equal(minus, -plus)
+    u = torch.cat([plus for plus, _ in parts], dim=1)
+    torch.testing.assert_close(u @ u.T, torch.eye(6, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert not model.fc.bias.any()
+
+
 def test_a_head_that_does_not_fit_the_pairs_is_refused_and_left_alone():
+    model = torchvision.models.resnet18()
+    model.fc = nn.Linear(500, 10)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="fc: 500 inputs are no multiple of 512"):
+        risotto_(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     for inputs in (96, 10):
         head = nn.Linear(inputs, 5)
         before = head.weight.clone()
