@@ -16,8 +16,7 @@ from training.distributed import World
 from training.muon import by_shape, set_up_muon
 from training.optimization import build_optimizer, build_scheduler, folded_state, freeze, standardize
 from training.pipelines import resident_sets
-from training.recipe import Recipe, validate
-from training.release import _differences
+from training.recipe import Recipe, differences, validate
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -255,6 +254,6 @@ def test_muon_on_stacked_kernels_does_what_timm_does(options, lr, monkeypatch):
 def test_what_null_stands_for_is_no_difference():
     null = Recipe.model_validate({"optimizer": {"lr": 0.1, "weight_decay": 0.2}})
     told = {"lr": 0.1, "weight_decay": 0.2, "other_lr": 0.1, "alpha_lr": 0.1, "other_weight_decay": 0.2}
-    assert _differences(null, Recipe.model_validate({"optimizer": told})) == []
+    assert differences(null, Recipe.model_validate({"optimizer": told})) == []
     changed = Recipe.model_validate({"optimizer": told | {"other_weight_decay": 0.1}})
-    assert _differences(null, changed) == ["optimizer.other_weight_decay"]
+    assert differences(null, changed) == ["optimizer.other_weight_decay"]

@@ -344,6 +344,9 @@ def test_a_loss_that_is_not_finite_stops_with_code_3(command, tmp_path):
     assert result.code == 3
     assert "not finite at step" in result.err and "learning rate" in result.err and "Usual mends" in result.err
     assert "Traceback" not in result.err
+    # It has saved nothing that the mended recipe could harm.
+    assert command(train.main, *options, "--set", "optimizer.lr=1e-3", "--output", tmp_path / "run").code == 0
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).optimizer.lr == 1e-3
 
 
 def test_weights_that_are_not_finite_are_never_saved(undisturbed, command, tmp_path, monkeypatch):
@@ -463,6 +466,8 @@ def test_a_run_that_another_process_begins_meanwhile_is_not_gone_on_with(command
     @contextmanager
     def late(folder):
         (folder / "recipe.yaml").write_text("seed: 1\n")
+        (folder / "state").mkdir(exist_ok=True)
+        (folder / "state" / "step-000000001.json").write_text("{}")
         yield
 
     monkeypatch.setattr(engine.run_folder, "locked", late)
@@ -767,6 +772,27 @@ def test_a_run_resumed_on_another_machine_says_so(command, tmp_path, monkeypatch
     assert command(train.main, *options).code == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["hardware"] == f"{here} (0 min), then another machine (0 min)"
+
+
+def test_only_what_cannot_change_the_outcome_may_differ_when_a_run_goes_on(undisturbed, command, tmp_path, monkeypatch):
+    reference, _ = undisturbed
+    options, train_epoch = [*EACH_STEP, "--output", tmp_path / "run"], engine._train_epoch
+
+    def stopped(trainer, *args):
+        if len(trainer.progress.history) == 1:
+            raise engine.Stopped(15)
+        train_epoch(trainer, *args)
+
+    monkeypatch.setattr(engine, "_train_epoch", stopped)
+    assert here(command, *options).code == 143
+    monkeypatch.setattr(engine, "_train_epoch", train_epoch)
+    file = tmp_path / "run" / "recipe.yaml"
+    file.write_text(file.read_text().replace("# torch ", "# torch 1.2.3 of "))
+    result = here(command, *options, "--set", "label_smoothing=0.2", "--set", "log_every=7")
+    assert result.code == 2 and "another recipe, by label_smoothing; pass --overwrite" in result.err
+    assert here(command, *options, "--set", "log_every=7", "--set", "data.workers=1").code == 0
+    assert "log_every: 7" in file.read_text() and "# torch 1.2.3 of " in file.read_text()
+    assert same(weights(tmp_path / "run"), weights(reference))
 
 
 @pytest.mark.gpu

@@ -280,6 +280,24 @@ def without_places(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=data), "init_from": start})
 
 
+def differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """The keys in which two recipes differ, but for those that cannot change the outcome."""
+    filled = [recipe.model_copy(update={"optimizer": recipe.optimizer.filled()}) for recipe in (ours, theirs)]
+    sides = [_flat(recipe.model_dump()) for recipe in filled]
+    idle = {"val_every", "save_every", "save_minutes", "resume", "log_every", "tensorboard"}
+    if ours.data.pipeline == theirs.data.pipeline == "resident":
+        idle.add("data.workers")
+    keys = sorted(sides[0].keys() | sides[1].keys())
+    return [key for key in keys if key not in idle and sides[0].get(key) != sides[1].get(key)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for key, value in values.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
 def _last_name(place: str | None) -> str | None:
     return Path(place).name if place is not None and Path(place).is_absolute() else place
 

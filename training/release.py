@@ -33,7 +33,7 @@ from .cards import CARDS, DATASETS, card, finetune_figure, read_json, write_page
 from .data import View
 from .distributed import World, choose_device
 from .pipelines import validation_batches, validation_set
-from .recipe import Recipe, dump, load_recipe, validate, without_places
+from .recipe import Recipe, differences, dump, load_recipe, validate, without_places
 from .run_folder import read_metrics
 
 PACKAGE_BYTES = 4_000_000
@@ -211,7 +211,7 @@ def _baseline(source: Path, ours: dict[str, Any], recipe: Recipe) -> dict[str, A
             raise UserError(
                 f"baseline {source}: its {key} is {results[key]}, not {ours[key]}: the two cannot be compared"
             )
-    return {**_outcome(results), "differs": _differences(recipe, theirs)}
+    return {**_outcome(results), "differs": differences(recipe, theirs)}
 
 
 def _outcome(results: dict[str, Any]) -> dict[str, Any]:
@@ -219,22 +219,6 @@ def _outcome(results: dict[str, Any]) -> dict[str, Any]:
     kept = ("model", "epochs", "seed", "train_seconds", "hardware", "parameters")
     score = results.get("evaluation") or results[results.get("better", "raw")]
     return {**{key: results[key] for key in kept}, "evaluation": score}
-
-
-def _differences(ours: Recipe, theirs: Recipe) -> list[str]:
-    """The recipe's keys that two runs do not share, but for what cannot change the outcome."""
-    filled = [recipe.model_copy(update={"optimizer": recipe.optimizer.filled()}) for recipe in (ours, theirs)]
-    sides = [_flat(recipe.model_dump()) for recipe in filled]
-    idle = ("val_every", "save_every", "save_minutes", "resume", "log_every", "tensorboard")
-    keys = sorted(sides[0].keys() | sides[1].keys())
-    return [key for key in keys if key not in idle and sides[0].get(key) != sides[1].get(key)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for key, value in values.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
 
 
 def _finetune(tuned: Path, scratch: Path, run: Path, name: str | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import risotto_zoo
 from risotto_zoo.errors import UserError
 from risotto_zoo.files import write_atomically
 
-from .recipe import Recipe, dump, load_recipe
+from .recipe import Recipe, differences, dump, load_recipe
 
 FILES = (
     "results.json",
@@ -41,7 +41,8 @@ SLACK = 2.0  # seconds between the clocks of processes and of files
 def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
     """Make sure that `folder` can be written and is free for this recipe, or holds an unfinished run of it.
 
-    Nothing that it holds is touched yet: the recipe may still turn out not to fit the data.
+    A run that has saved no state yet may change its recipe, one that has only what cannot change its outcome. Nothing
+    that the folder holds is touched yet: the recipe may still turn out not to fit the data.
 
     Raises:
         UserError: If it is used and neither may be overwritten nor resumed, or cannot be written.
@@ -57,8 +58,12 @@ def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
             raise UserError(f"{folder} holds a finished run; pass --overwrite to replace it, or another --output")
         if not resume:
             raise UserError(f"{folder} holds an unfinished run; pass --resume to go on or --overwrite to start again")
-        if load_recipe(str(folder / "recipe.yaml")) != recipe:
-            raise UserError(f"{folder} holds an unfinished run of another recipe; pass --overwrite or another --output")
+        changed = differences(load_recipe(str(folder / "recipe.yaml")), recipe)
+        if changed and _has_state(folder):
+            raise UserError(
+                f"{folder} holds an unfinished run of another recipe, by {', '.join(changed)}; pass --overwrite or "
+                "another --output"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -112,11 +117,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Put recipe and versions into a checked folder that has none yet.
+    """Put the recipe into a checked folder, and versions if a run begins there.
 
-    With `overwrite`, remove the files of the run before it, and only those.
+    With `overwrite`, or if the run before it has saved no state, remove that run's files, and only those.
     """
-    text = f"{_versions()}{dump(recipe)}".encode()
+    file = folder / "recipe.yaml"
+    begun_with = _versions()
+    if file.is_file() and not overwrite:
+        if load_recipe(str(file)) == recipe:
+            return
+        overwrite = not _has_state(folder)
+        if not overwrite:
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            begun_with = "".join(line for line in lines if line.startswith("# "))
+    text = f"{begun_with}{dump(recipe)}".encode()
     if overwrite:
         coming = folder / "recipe.yaml.tmp"
         write_atomically(coming, text)  # on a full disk nothing is lost
@@ -127,9 +141,13 @@ def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
         for name in FILES:
             if name != "recipe.yaml":  # the folder stays that of a run, whenever this is interrupted
                 (folder / name).unlink(missing_ok=True)
-        coming.replace(folder / "recipe.yaml")
-    elif not (folder / "recipe.yaml").is_file():
-        write_atomically(folder / "recipe.yaml", text)
+        coming.replace(file)
+    else:
+        write_atomically(file, text)
+
+
+def _has_state(folder: Path) -> bool:
+    return any((folder / "state").glob("step-*.json"))
 
 
 def begun_since(folder: Path, moment: float) -> bool:
