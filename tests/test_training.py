@@ -4,6 +4,7 @@ import csv
 import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ import yaml
 
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import wilson_interval
-from training import engine, evaluate, run_folder, train
+from training import engine, evaluate, release, run_folder, train
 from training.cuda_graph import WARMUP
 from training.data import View
 from training.distributed import World
@@ -772,6 +774,66 @@ def test_a_run_resumed_on_another_machine_says_so(command, tmp_path, monkeypatch
     assert command(train.main, *options).code == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["hardware"] == f"{here} (0 min), then another machine (0 min)"
+
+
+@pytest.fixture
+def shards(photo_folder, tmp_path):
+    """The photos as a WebDataset: shards to be read in order, and what timm reads about them."""
+    root, splits = tmp_path / "shards", {}
+    root.mkdir()
+    for split, part, count in (("train", "train", 4), ("validation", "val", 2)):
+        files = sorted(photo_folder.glob(f"{part}/*/*.jpg"), key=lambda path: path.name)
+        names = [f"photos-{split}-{i}.tar" for i in range(count)]
+        for i, name in enumerate(names):
+            with tarfile.open(root / name, "w") as tar:
+                for file in files[i::count]:
+                    key = f"{file.parent.name}-{file.stem}"
+                    label = tarfile.TarInfo(f"{key}.cls")
+                    label.size = 1
+                    tar.add(file, f"{key}.jpg")
+                    tar.addfile(label, io.BytesIO(b"1" if file.parent.name == "flower" else b"0"))
+        each = [len(files[i::count]) for i in range(count)]
+        splits[split] = {"name": split, "filenames": names, "shard_lengths": each, "num_samples": sum(each)}
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    return root
+
+
+def test_a_set_that_is_read_in_order_is_trained_on_resumed_evaluated_and_released(
+    shards, command, tmp_path, monkeypatch
+):
+    options = [
+        "--recipe",
+        "digits",
+        "--set",
+        "data={source: wds/photos, pipeline: streaming, workers: 1, image_size: 16}",
+    ]
+    options += ["--set", f"data.root={shards}", "--set", "augment={crop_scale: [0.5, 1.0]}", "--set", "batch_size=8"]
+    options += ["--set", "model_args={in_chans: 3, num_classes: 2}", "--set", "epochs=2", "--set", "warmup_epochs=0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = here(command, *options, "--output", whole)
+    assert result.code == 0 and "48 training and 16 validation images" in result.err, result.err
+    train_epoch = engine._train_epoch
+
+    def stopped(trainer, *args):
+        if len(trainer.progress.history) == 1:
+            raise engine.Stopped(15)
+        train_epoch(trainer, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_train_epoch", stopped)
+        assert here(command, *options, "--output", parts).code == 143
+    assert here(command, *options, "--output", parts).code == 0
+    assert same(weights(whole), weights(parts))
+    reached = json.loads((whole / "results.json").read_text())["raw"]
+    result = command(evaluate.main, f"local-dir:{whole}", "--device", "cpu", "--json", tmp_path / "report.json")
+    assert result.code == 0, result.err
+    [report] = json.loads((tmp_path / "report.json").read_text())
+    assert (report["images"], report["top1"], report["streamed"]) == (16, reached["top1"], True)
+    released = ["--tag", "photos", "--half", "--output", tmp_path / "release", "--device", "cpu"]
+    assert command(release.main, whole, *released).code == 0
+    results = json.loads((tmp_path / "release" / "results.json").read_text())
+    assert results["evaluation"]["images"] == 16
+    assert "pip install datasets" in command(evaluate.main, f"local-dir:{whole}", "--data", "hfds/x").err
 
 
 def test_only_what_cannot_change_the_outcome_may_differ_when_a_run_goes_on(undisturbed, command, tmp_path, monkeypatch):

@@ -248,8 +248,11 @@ def timm_dataset(source: str, training: bool, split: str | None, root: str | Non
         return timm.data.create_dataset(source, root=root, split=split, **options)
     except Exception as error:  # each reader fails in its own way
         reason = str(error).split("\n")[0] or type(error).__name__
-        missing = "; it may need a root (training: --set data.root=FOLDER)" if root is None else ""
-        raise UserError(f"data set {source} cannot be opened: {reason}{missing}") from None
+        if isinstance(error, ModuleNotFoundError):
+            hint = f"; pip install {error.name}"
+        else:
+            hint = "; it may need a root (training: --set data.root=FOLDER)" if root is None else ""
+        raise UserError(f"data set {source} cannot be opened: {reason}{hint}") from None
 
 
 def _split(training: bool) -> str:

@@ -66,7 +66,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("model", nargs="+", help="a model with weights, local-dir:FOLDER, hf-hub:ORG/NAME or a file")
     parser.add_argument(
-        "--data", help="'digits', an image folder, or a timm data set string (default: what the run was trained on)"
+        "--data",
+        help="'digits', an image folder, or a timm data set string (default: what a local run was validated on)",
     )
     parser.add_argument("--root", help="where a timm data set string finds its files")
     parser.add_argument("--split", help="split of a timm data set string, or sub-folder (default: validation)")
@@ -193,10 +194,10 @@ def _adjusted(view: View, args: argparse.Namespace) -> View:
 def run(net: Net, images: ImageSet | Streamed, view: View, device: torch.device, args: argparse.Namespace) -> Outcomes:
     """Observe a model on a set, with half as many images at once each time the device runs out of memory."""
     amp = getattr(torch, args.amp) if args.amp else None
-    batch = args.batch_size or eval_batch(view)
+    batch, source = args.batch_size or eval_batch(view), args.data or "what the run was validated on"
     while True:
         try:
-            with compiling(args.compile), loader_faults(f"reading {args.data}", "take fewer --workers"):
+            with compiling(args.compile), loader_faults(f"reading {source}", "take fewer --workers"):
                 outcomes = observe(net, _batches(images, view, device, batch, args.workers), amp)
         except torch.OutOfMemoryError:
             if batch == 1 or args.batch_size:
@@ -204,7 +205,7 @@ def run(net: Net, images: ImageSet | Streamed, view: View, device: torch.device,
             batch //= 2
         else:
             if not len(outcomes.correct):
-                raise UserError(f"none of the images in {args.data} can be read")
+                raise UserError(f"none of the images of {source} can be read")
             return outcomes
 
 
@@ -243,12 +244,13 @@ def _images_of(data: Data | None) -> tuple:
 
 def _images(data: Data | None, args: argparse.Namespace, view: View) -> ImageSet | Streamed:
     """The images that a run was validated on, or those that the arguments name."""
-    if data is not None:
-        return validation_set(data, view)
-    if args.stream:
-        channels = view.input_size[0]
-        return Streamed(*open_dataset(args.data, False, args.split, args.root, channels, batch_size=EVAL_BATCH))
-    return load_set(args.data, False, view, split=args.split, root=args.root)
+    streamed = args.stream if data is None else data.pipeline == "streaming" and not args.robustness
+    source, split, root = (
+        (args.data, args.split, args.root) if data is None else (data.source, data.val_split, data.root)
+    )
+    if streamed:
+        return Streamed(*open_dataset(source, False, split, root, view.input_size[0], batch_size=EVAL_BATCH))
+    return validation_set(data, view) if data is not None else load_set(source, False, view, split=split, root=root)
 
 
 def _tell_unreadable(images: ImageSet | Streamed) -> None:

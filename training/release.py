@@ -32,7 +32,7 @@ from risotto_zoo.models import create_model, parse_name
 from .cards import CARDS, DATASETS, card, finetune_figure, read_json, write_pages
 from .data import View
 from .distributed import World, choose_device
-from .pipelines import validation_batches, validation_set
+from .pipelines import EVAL_BATCH, open_dataset, streamed_batches, validation_batches, validation_set
 from .recipe import Recipe, differences, dump, load_recipe, validate, without_places
 from .run_folder import read_metrics
 
@@ -190,8 +190,15 @@ def _evaluated(run: Path, recipe: Recipe, state: dict[str, Tensor], device: str 
     model = create_model(f"local-dir:{run}").to(choose_device(device))
     model.load_state_dict(state)
     view = View.of(resolve_data_config(model=model, verbose=False))
-    world = World(0, 1, next(model.parameters()).device)
-    return asdict(evaluate(model, validation_batches(validation_set(recipe.data, view), view, world)))
+    data, on = recipe.data, next(model.parameters()).device
+    if data.pipeline == "streaming":
+        dataset, *_ = open_dataset(
+            data.source, False, data.val_split, data.root, view.input_size[0], batch_size=EVAL_BATCH
+        )
+        batches = streamed_batches(dataset, view, on, data.workers, model.num_classes)
+    else:
+        batches = validation_batches(validation_set(data, view), view, World(0, 1, on))
+    return asdict(evaluate(model, batches))
 
 
 def _baseline(source: Path, ours: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
