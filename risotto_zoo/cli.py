@@ -41,7 +41,9 @@ def _arguments() -> argparse.Namespace:
         "--image", nargs="+", type=Path, metavar="FILE", help="measure on these images, not on random ones"
     )
     inspect.add_argument(
-        "--exact", action="store_true", help=f"all singular values, where the default is {PROBES} random probes"
+        "--exact",
+        action="store_true",
+        help=f"all singular values of large inputs, too, where the default is {PROBES} random probes",
     )
     inspect.add_argument("--output", type=Path, help="the figure (default: NAME-INIT[-alpha=...].png)")
 

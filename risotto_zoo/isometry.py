@@ -1,4 +1,4 @@
-"""Measurements of signal and Jacobian (design: section 1, "What dynamical isometry is checked as"). Imports torch only.
+"""Measurements of signal and Jacobian (README, "The method": *Checked*). Imports torch only.
 
 The signal of a feature map of N channels is s(x) = x[:N/2] - x[N/2:], the quantity a RISOTTO net transports exactly.
 """

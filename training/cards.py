@@ -1,7 +1,8 @@
 """Model cards, the manifest of releases and the README's results table: python -m training.cards writes them all.
 
-Everything in them comes from the release folders in model_cards: results.json, config.json, recipe.yaml. With --check
-nothing is written, and a page that is stale is an error.
+Everything in them comes from the release folders in model_cards (results.json, config.json, recipe.yaml), and the lines
+of nets without a release from the records in training/results. With --check nothing is written, and a page that is
+stale is an error.
 """
 
 import argparse
@@ -431,7 +432,7 @@ def _limits(result: dict[str, Any], config: dict[str, Any]) -> str:
     return (
         f"It knows {config['num_classes']} classes and answers with one of them whatever it is shown. {seeds}; "
         "the interval above is that of the test images, not of training. It has not been tested for "
-        "robustness, bias or calibration, and is meant for research."
+        "robustness or bias, its confidence has not been calibrated, and it is meant for research."
     )
 
 

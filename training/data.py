@@ -119,8 +119,8 @@ def load_set(
         progress: Show a progress bar.
 
     Raises:
-        UserError: If the source is missing, empty, has one class only, holds nothing readable, or does not fit in 60%
-            of the free memory.
+        UserError: If the source is missing, empty, a folder of one class only, holds nothing readable, or does not fit
+            in 60% of the free memory.
     """
     transform = view.transform(size, whole=size is not None)
     channels = view.input_size[0]
@@ -197,7 +197,7 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
     """List a folder or a timm data set.
 
     Raises:
-        UserError: If it is missing, empty or has one class only, or a root is given for a folder.
+        UserError: If it is missing, empty or a folder of one class only, or a root is given for a folder.
     """
     if source.startswith(TIMM_SCHEMES):
         dataset = timm_dataset(source, training, split, root)

@@ -90,14 +90,17 @@ class Augment(Section):
 
 
 class Optimizer(Section):
-    name: str = Field("sgd", description="'sgd' (Nesterov), 'adamw', 'muon', or any other name of timm.optim")
+    name: str = Field("sgd", description="'sgd' (Nesterov), 'adamw', 'muon', or nearly any other name of timm.optim")
     lr: Rate = Field(0.05, description="learning rate (of the convolution kernels, for muon)")
     other_lr: Rate | None = Field(
-        None, description="learning rate of stem, head, biases and norms; muon updates them by NAdamW. lr if null"
+        None,
+        description="learning rate of first convolution, head, biases, norms; muon updates them by NAdamW. lr if null",
     )
     alpha_lr: Rate | None = Field(None, description="learning rate of the alphas; other_lr if null")
     weight_decay: Amount = Field(0.0, description="on kernels and matrices only, never on one-dimensional parameters")
-    other_weight_decay: Amount | None = Field(None, description="weight decay of stem and head; weight_decay if null")
+    other_weight_decay: Amount | None = Field(
+        None, description="weight decay of first convolution and head; weight_decay if null"
+    )
     momentum: Share = Field(0.9, description="momentum, where the optimizer has one")
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="factor on the learning rate from each layer to the one before (fine-tuning)"
@@ -145,7 +148,9 @@ class Recipe(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
     warmup_epochs: Amount = Field(0.0, description="linear rise of the learning rate from 0, in epochs")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="weight of the uniform distribution")
-    ema_decay: Decay | None = Field(None, description="keep a moving average of the weights, with this decay")
+    ema_decay: Decay | None = Field(
+        None, description="keep a moving average of the weights; its decay after timm's warm-up, 1 - step^(-2/3)"
+    )
     clip: Clip | None = Field(None, description="gradient clipping")
     weight_standardization: bool = Field(
         False, description="train centred and scaled kernels with a gain per channel; folded away on export"

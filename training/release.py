@@ -1,8 +1,8 @@
 """Make a released model from a finished run: python -m training.release runs/cifar10_resnet20 --tag cifar10-jpeg
 
-The release is a folder, model_cards/NAME.TAG, laid out as its repository on the Hub. Weights of up to 4 MB go into the
-package; larger ones into the repository while all tracked files stay under 28 MiB, the rest is for the Hub only. With
---output the same folder is made anywhere, and the zoo does not learn of it.
+The release is a folder, model_cards/NAME.TAG, laid out as its repository on the Hub. While the files of the checkout
+stay under 28 MiB with them, weights of up to 4 MB go into the package and larger ones into the repository; else they
+are for the Hub alone. With --output the same folder is made anywhere, and the zoo does not learn of it.
 """
 
 import argparse

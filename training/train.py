@@ -30,7 +30,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
-    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in the output folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with an unfinished run though the recipe says resume: never"
+    )
     return parser.parse_args()
 
 

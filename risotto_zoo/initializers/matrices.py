@@ -1,4 +1,4 @@
-"""The random matrices RISOTTO is built from, and the kernel that carries one (design: "The mathematics")."""
+"""The random matrices RISOTTO is built from, and the kernel that carries one (README, "The method")."""
 
 import torch
 from torch import Tensor, nn
