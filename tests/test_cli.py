@@ -68,7 +68,10 @@ def test_wrong_arguments_are_one_line(arguments, words, command):
     assert result.err.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize("module", ["risotto_zoo.cli", "training.train", "training.evaluate", "training.benchmark"])
+PROGRAMS = ("train", "evaluate", "benchmark", "export", "release", "publish", "study", "zoo", "cards", "tables")
+
+
+@pytest.mark.parametrize("module", ["risotto_zoo.cli", *(f"training.{name}" for name in PROGRAMS)])
 def test_help(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     monkeypatch.delitem(sys.modules, module, raising=False)

@@ -129,7 +129,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
     program = with_step(tmp_path / "program.py", "if at == 7 and rank: os.kill(os.getpid(), signal.SIGTERM)")
     process = torchrun(*FIFTY_STEPS, "--output", tmp_path / "run", program=program)
     _, err = process.communicate(timeout=100)
-    assert process.returncode != 0 and "stopped by SIGTERM" in err
+    assert process.returncode == 1 and "stopped by SIGTERM" in err
     assert engine.load_state(tmp_path / "run" / "state")[0] == 10  # the next step at which they ask each other
 
 
@@ -137,5 +137,5 @@ def test_a_process_out_of_memory_ends_all_of_them(tmp_path):
     program = with_step(tmp_path / "program.py", "if at == 7 and rank: raise torch.OutOfMemoryError")
     process = torchrun(*FIFTY_STEPS, "--output", tmp_path / "run", program=program)
     _, err = process.communicate(timeout=100)
-    assert process.returncode != 0
+    assert process.returncode == 1
     assert "error: the device is out of memory; set a smaller batch_size" in err

@@ -517,12 +517,13 @@ def test_without_a_network_it_says_so_soon(tmp_path):
     )
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "RISOTTO_ZOO_ORG": "ours"}
         done = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
         )
     lines = done.stdout.splitlines()
     assert len(lines) == 4, done.stderr
+    assert "ours/risotto_resnet20.elsewhere" in lines[0]
     for line in lines:
         seconds, _, message = line.partition(" ")
         assert float(seconds) < 10 and "cannot be reached" in message and "hf download" in message, line
