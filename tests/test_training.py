@@ -557,6 +557,24 @@ def test_fine_tuning_takes_weights_and_a_new_head(finished, command, tmp_path, p
         assert torch.equal(tuned[key], value) == frozen or key.startswith("fc")
 
 
+def test_a_net_of_timms_own_is_fine_tuned_by_the_shipped_recipe(hub, command, tmp_path, photo_folder):
+    source = timm.create_model("test_resnet")
+    hub.put("timm/test_resnet.r160_in1k", {"model.safetensors": safetensors.torch.save(source.state_dict())})
+    settings = [f"data.source={photo_folder}", "data.image_size=32", "epochs=1", "freeze=1", "warmup_epochs=0"]
+    settings += ["batch_size=16"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    options += ["--init-from", "test_resnet.r160_in1k", "--output", tmp_path / "tuned"]
+    result = here(command, "--recipe", "finetune", *options)
+    assert result.code == 0, result.err
+    tuned, start_weights = weights(tmp_path / "tuned"), source.state_dict()
+    assert tuned["fc.weight"].shape == (2, 96)
+    for key, value in start_weights.items():
+        if key.endswith("weight") and not key.startswith("fc"):
+            assert torch.equal(tuned[key], value) == key.startswith(("conv1", "bn1")), key
+    result = command(evaluate.main, f"local-dir:{tmp_path / 'tuned'}", "--device", "cpu")
+    assert result.code == 0 and "on 16 images of 2 classes" in result.out
+
+
 def test_init_from_is_taken_as_it_is_typed(command, tmp_path):
     place = f"local-dir:{tmp_path}/run #2: x"
     result = command(train.main, "--recipe", "digits", "--output", tmp_path / "run", "--init-from", place)
