@@ -66,7 +66,7 @@ def test_the_scalar_biases_of_fixup_stand_where_the_paper_puts_them():
     torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-14)
 
 
-def test_and_in_a_bottleneck():
+def test_the_scalar_biases_of_fixup_stand_there_in_a_bottleneck_too():
     block = make("risotto_resnet50_cifar", "fixup").layer1[1]
     torch.nn.init.normal_(block.conv3.weight)
     torch.nn.init.normal_(block.biases)

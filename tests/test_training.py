@@ -69,6 +69,21 @@ def with_step(path, line):
     return (path,)
 
 
+@contextmanager
+def stopping_after_an_epoch(monkeypatch):
+    """As if a signal had come at the end of the first epoch, whatever is saved by then."""
+    train_epoch = engine._train_epoch
+
+    def stopped(trainer, *args):
+        if trainer.progress.history:
+            raise engine.Stopped(signal.SIGTERM)
+        train_epoch(trainer, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_train_epoch", stopped)
+        yield
+
+
 def here(command, *args):
     """The command in this process: much of what a new one takes goes into its imports."""
     torch.set_num_threads(1)
@@ -777,16 +792,8 @@ def test_states_are_saved_every_so_many_epochs_and_when_they_are_too_old(command
 
 def test_a_run_resumed_on_another_machine_says_so(command, tmp_path, monkeypatch):
     options = ["--recipe", "digits", *TINY, "--output", tmp_path / "run", "--device", "cpu"]
-    train_epoch = engine._train_epoch
-
-    def stopped(trainer, *args):
-        if len(trainer.progress.history) == 1:
-            raise engine.Stopped(15)
-        train_epoch(trainer, *args)
-
-    monkeypatch.setattr(engine, "_train_epoch", stopped)
-    assert command(train.main, *options).code == 143
-    monkeypatch.setattr(engine, "_train_epoch", train_epoch)
+    with stopping_after_an_epoch(monkeypatch):
+        assert command(train.main, *options).code == 143
     here = engine.run_folder.hardware(torch.device("cpu"), 1)
     monkeypatch.setattr(engine.run_folder, "hardware", lambda *_: "another machine")
     assert command(train.main, *options).code == 0
@@ -830,15 +837,7 @@ def test_a_set_that_is_read_in_order_is_trained_on_resumed_evaluated_and_release
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = here(command, *options, "--output", whole)
     assert result.code == 0 and "48 training and 16 validation images" in result.err, result.err
-    train_epoch = engine._train_epoch
-
-    def stopped(trainer, *args):
-        if len(trainer.progress.history) == 1:
-            raise engine.Stopped(15)
-        train_epoch(trainer, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engine, "_train_epoch", stopped)
+    with stopping_after_an_epoch(monkeypatch):
         assert here(command, *options, "--output", parts).code == 143
     assert here(command, *options, "--output", parts).code == 0
     assert same(weights(whole), weights(parts))
@@ -856,16 +855,9 @@ def test_a_set_that_is_read_in_order_is_trained_on_resumed_evaluated_and_release
 
 def test_only_what_cannot_change_the_outcome_may_differ_when_a_run_goes_on(undisturbed, command, tmp_path, monkeypatch):
     reference, _ = undisturbed
-    options, train_epoch = [*EACH_STEP, "--output", tmp_path / "run"], engine._train_epoch
-
-    def stopped(trainer, *args):
-        if len(trainer.progress.history) == 1:
-            raise engine.Stopped(15)
-        train_epoch(trainer, *args)
-
-    monkeypatch.setattr(engine, "_train_epoch", stopped)
-    assert here(command, *options).code == 143
-    monkeypatch.setattr(engine, "_train_epoch", train_epoch)
+    options = [*EACH_STEP, "--output", tmp_path / "run"]
+    with stopping_after_an_epoch(monkeypatch):
+        assert here(command, *options).code == 143
     file = tmp_path / "run" / "recipe.yaml"
     file.write_text(file.read_text().replace("# torch ", "# torch 1.2.3 of "))
     result = here(command, *options, "--set", "label_smoothing=0.2", "--set", "log_every=7")
@@ -873,6 +865,16 @@ def test_only_what_cannot_change_the_outcome_may_differ_when_a_run_goes_on(undis
     assert here(command, *options, "--set", "log_every=7", "--set", "data.workers=1").code == 0
     assert "log_every: 7" in file.read_text() and "# torch 1.2.3 of " in file.read_text()
     assert same(weights(tmp_path / "run"), weights(reference))
+
+
+def test_weights_without_a_state_are_not_another_recipes_to_replace(command, tmp_path, monkeypatch):
+    options = ["--recipe", "digits", *TINY, "--set", "save_every=2", "--output", tmp_path / "run"]
+    with stopping_after_an_epoch(monkeypatch):
+        assert here(command, *options).code == 143
+    before = weights(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("state/*.json"))
+    assert "another recipe, by seed; pass --overwrite" in here(command, *options, "--set", "seed=1").err
+    assert same(weights(tmp_path / "run"), before)
 
 
 @pytest.mark.gpu

@@ -244,13 +244,14 @@ def _images_of(data: Data | None) -> tuple:
 
 def _images(data: Data | None, args: argparse.Namespace, view: View) -> ImageSet | Streamed:
     """The images that a run was validated on, or those that the arguments name."""
-    streamed = args.stream if data is None else data.pipeline == "streaming" and not args.robustness
+    if data is None and not args.stream:
+        return load_set(args.data, False, view, split=args.split, root=args.root)
+    if data is not None and (data.pipeline == "resident" or args.robustness):
+        return validation_set(data, view)
     source, split, root = (
         (args.data, args.split, args.root) if data is None else (data.source, data.val_split, data.root)
     )
-    if streamed:
-        return Streamed(*open_dataset(source, False, split, root, view.input_size[0], batch_size=EVAL_BATCH))
-    return validation_set(data, view) if data is not None else load_set(source, False, view, split=split, root=root)
+    return Streamed(*open_dataset(source, False, split, root, view.input_size[0], batch_size=EVAL_BATCH))
 
 
 def _tell_unreadable(images: ImageSet | Streamed) -> None:

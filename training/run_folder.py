@@ -41,7 +41,7 @@ SLACK = 2.0  # seconds between the clocks of processes and of files
 def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) -> None:
     """Make sure that `folder` can be written and is free for this recipe, or holds an unfinished run of it.
 
-    A run that has saved no state yet may change its recipe, one that has only what cannot change its outcome. Nothing
+    A run that has saved nothing yet may change its recipe, one that has only what cannot change its outcome. Nothing
     that the folder holds is touched yet: the recipe may still turn out not to fit the data.
 
     Raises:
@@ -59,7 +59,7 @@ def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
         if not resume:
             raise UserError(f"{folder} holds an unfinished run; pass --resume to go on or --overwrite to start again")
         changed = differences(load_recipe(str(folder / "recipe.yaml")), recipe)
-        if changed and _has_state(folder):
+        if changed and _has_saved(folder):
             raise UserError(
                 f"{folder} holds an unfinished run of another recipe, by {', '.join(changed)}; pass --overwrite or "
                 "another --output"
@@ -119,14 +119,14 @@ def locked(folder: Path) -> Iterator[None]:
 def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     """Put the recipe into a checked folder, and versions if a run begins there.
 
-    With `overwrite`, or if the run before it has saved no state, remove that run's files, and only those.
+    With `overwrite`, or if the run before it has saved nothing, remove that run's files, and only those.
     """
     file = folder / "recipe.yaml"
     begun_with = _versions()
     if file.is_file() and not overwrite:
         if load_recipe(str(file)) == recipe:
             return
-        overwrite = not _has_state(folder)
+        overwrite = not _has_saved(folder)
         if not overwrite:
             lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
             begun_with = "".join(line for line in lines if line.startswith("# "))
@@ -146,8 +146,9 @@ def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
         write_atomically(file, text)
 
 
-def _has_state(folder: Path) -> bool:
-    return any((folder / "state").glob("step-*.json"))
+def _has_saved(folder: Path) -> bool:
+    """Whether a run has left a state, or weights, which come first where states are far apart."""
+    return (folder / "model.safetensors").is_file() or any((folder / "state").glob("step-*.json"))
 
 
 def begun_since(folder: Path, moment: float) -> bool:
