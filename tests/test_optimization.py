@@ -91,6 +91,35 @@ def flat(model):
     return torch.cat([parameter.detach().double().flatten() for parameter in model.parameters()])
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [{}, {"name": "muon", "lr": 0.02}, {"layer_decay": 0.5}, {"name": "muon", "lr": 0.02, "layer_decay": 0.5}],
+)
+def test_centralized_gradients_leave_the_sums_of_kernels_alone(optimizer, tmp_path):
+    """Every channel's, but for the stem's; the kernels themselves move."""
+
+    def moved(centralize):
+        settings = recipe({**optimizer, "centralize": centralize}, model="risotto_resnet20_c", accumulate=2)
+        trainer = engine.build(settings, tmp_path, CPU)
+        stem = f"{trainer.model.pretrained_cfg['first_conv']}.weight"
+        kernels = {name: p for name, p in trainer.model.named_parameters() if p.ndim == 4}
+        before = {name: p.detach().clone() for name, p in kernels.items()}
+        update = partial(engine._update, trainer, trainer.model)
+        for _, (images, targets) in zip(range(3), trainer.pipeline.epoch(0), strict=False):
+            engine._step(trainer, update, images, targets)
+        changes = {name: (p.detach() - before[name]).flatten(1) for name, p in kernels.items()}
+        return changes.pop(stem), changes
+
+    def one_sided(change):
+        return change.sum(1).abs().max() / change.abs().sum(1).max()
+
+    stem, inner = moved(True)
+    assert one_sided(stem) > 0.05
+    assert max(map(one_sided, inner.values())) < 0.005  # rounding: the steps of `layer_decay` are small
+    _, free = moved(False)
+    assert min(map(one_sided, free.values())) > 0.05
+
+
 @pytest.mark.parametrize("other", [None, 0.0, 0.01])
 @pytest.mark.parametrize("name", ["muon", "nmuon", "momentum"])
 @pytest.mark.parametrize("model", ["risotto_resnet20", "risotto_resnet20_bn", "risotto_resnet18"])

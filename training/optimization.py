@@ -1,5 +1,7 @@
 """Optimizer, schedule and reparametrization of a recipe, from timm's parts."""
 
+from functools import partial
+
 import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -38,6 +40,10 @@ def build_optimizer(model: nn.Module, recipe: Recipe, capturable: bool = False) 
         optimizer = create_optimizer_v2(groups, **shared)
     except Exception as error:  # a hundred optimizers, each refusing in its own way
         raise UserError(f"optimizer {settings.name}: {str(error) or type(error).__name__}") from None
+    if settings.centralize:
+        stem = _first(model, "first_conv")
+        kernels = [p for name, p in model.named_parameters() if p.ndim == 4 and name != f"{stem}.weight"]
+        optimizer.register_step_pre_hook(partial(_centralize, kernels))
     if capturable:
         if "capturable" not in optimizer.defaults:
             raise UserError(f"cuda_graph: {settings.name} cannot be part of a CUDA graph; set cuda_graph=false")
@@ -49,6 +55,18 @@ def build_optimizer(model: nn.Module, recipe: Recipe, capturable: bool = False) 
 def _is_muon(name: str) -> bool:
     """timm has four names for its one class: muon, nmuon, adamuon and nadamuon."""
     return name.endswith("muon")
+
+
+@torch.no_grad()
+def _centralize(kernels: list[nn.Parameter], *_: object) -> None:
+    """Steps that leave each channel's sum over its kernel as it is (Yong et al., arXiv 2004.01461).
+
+    The maps that come in are positive, so that sum is what moves a channel's mean. Without normalization nothing else
+    keeps it where ReLU passes something on.
+    """
+    for kernel in kernels:
+        if kernel.grad is not None:
+            kernel.grad -= kernel.grad.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def _samples(groups: list[dict]) -> list[dict]:

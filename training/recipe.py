@@ -102,6 +102,9 @@ class Optimizer(Section):
         None, description="weight decay of first convolution and head; weight_decay if null"
     )
     momentum: Share = Field(0.9, description="momentum, where the optimizer has one")
+    centralize: bool = Field(
+        False, description="take the mean off the gradient of each channel's kernel, but the stem's (arXiv 2004.01461)"
+    )
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="factor on the learning rate from each layer to the one before (fine-tuning)"
     )
@@ -198,6 +201,10 @@ class Recipe(Section):
             (
                 self.optimizer.layer_decay is not None and self.weight_standardization,
                 "optimizer: layer_decay does not go with weight_standardization",
+            ),
+            (
+                self.optimizer.centralize and self.weight_standardization,
+                "optimizer.centralize has no effect with weight_standardization; leave one of them out",
             ),
             (
                 any(key in NOT_OF_THE_NET for key in self.model_args),

@@ -190,6 +190,7 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         "cutmix": (recipe.augment.cutmix, 0.0),
         "mixup_prob": (recipe.augment.mixup_prob, 1.0),
         "weight_standardization": (recipe.weight_standardization, False),
+        "centralize": (recipe.optimizer.centralize, False),
         "amp": (recipe.amp, None),
         "cutout": (recipe.augment.cutout, 0),
         "side": (recipe.data.image_size, None),
