@@ -1,4 +1,7 @@
-"""Every command of the README runs as it stands there, but for the size of the trainings and the names in capitals."""
+"""Every command of the README and of the released models' cards runs as it stands there.
+
+But for the size of the trainings and the names in capitals.
+"""
 
 import re
 import shlex
@@ -18,11 +21,21 @@ import training.publish
 import training.release
 import training.train
 from risotto_zoo import cli
+from risotto_zoo.hub import MANIFEST
+from training.recipe import load_recipe
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", README, re.S | re.M))
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def sections(page):
+    return dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", page, re.S | re.M))
+
+
+SECTIONS = sections(README)
 PROGRAMS = {"train", "evaluate", "release", "publish", "export"}
-TINY = ["epochs=1", "batch_size=8", "warmup_epochs=0", "data.image_size=8", "augment.shift=1"]
+TINY = ["epochs=1", "batch_size=40", "warmup_epochs=0", "data.image_size=8", "augment.shift=1"]
+TINY += ["data.train_size=null", "data.stored_size=null"]
 ELSEWHERE = {  # commands that run somewhere else, and where
     "python3 -m venv": "in CI",
     ".venv/bin/python": "in CI",
@@ -52,13 +65,13 @@ def images(tmp_path_factory):
 def home(hub, images, tmp_path, monkeypatch):
     """A folder to work in as the README's reader would in a checkout, with the Hub at hand."""
     for name in ("model_cards", "training", "risotto_zoo"):
-        (tmp_path / name).symlink_to(Path(__file__).parent.parent / name)
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def blocks(section, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", SECTIONS[section], re.S | re.M)
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.S | re.M)
 
 
 def commands(section):
@@ -68,9 +81,9 @@ def commands(section):
     return [line for line in lines if line and not line.startswith(tuple(ELSEWHERE))]
 
 
-def run(line, images, command):
-    """One line of bash in this process."""
-    values = {"IMAGE_OR_FOLDER": images / "val", "FOLDER": images}
+def run(line, images, command, **values):
+    """One line of bash in this process; `values` are what names in capitals stand for."""
+    values = {"IMAGE_OR_FOLDER": images / "val", "IMAGE": images / "val" / "0" / "0.png", "FOLDER": images} | values
     values |= {"MODEL": "risotto_resnet20.cifar10-jpeg", "OTHER": "risotto_resnet20_bn.cifar10-jpeg"}
     names = rf"\b({'|'.join(values)})\b"
     words = [re.sub(names, lambda m: str(values[m[1]]), word) for word in shlex.split(line)]
@@ -114,22 +127,42 @@ def test_from_the_first_run_to_the_hub_and_back(home, images, command):
     (start,) = [line for line in SECTIONS["Start"].splitlines() if "training.train" in line]
     run(start.replace(".venv/bin/", ""), images, command)
     for section in ("Release and publish", "Load a trained model", "Fine-tune", "Train"):
-        for line in commands(section):
+        for line in commands(SECTIONS[section]):
             run(line, images, command)
-        for block in blocks(section, "python"):
+        for block in blocks(SECTIONS[section], "python"):
             exec(block, {})
     assert (home / "my-release" / "README.md").is_file()
 
 
 @pytest.mark.parametrize("section", ["Use the models", "Evaluate and export"])
 def test_the_tools(section, home, images, command):
-    for line in commands(section):
+    for line in commands(SECTIONS[section]):
         run(line, images, command)
-    for block in blocks(section, "python"):
+    for block in blocks(SECTIONS[section], "python"):
         exec(block, {})
+
+
+@pytest.mark.parametrize("name", list(MANIFEST))
+def test_a_card(name, hub, home, images, command):
+    """From the Hub, where the model is as `publish` puts it there."""
+    torch.set_num_threads(1)
+    folder = ROOT / "model_cards" / name
+    hub.put(f"risotto-zoo/{name}", {file: (folder / file).read_bytes() for file in training.publish.FILES})
+    card = sections((folder / "README.md").read_text(encoding="utf-8"))
+    source = load_recipe(str(folder / "recipe.yaml")).data.source
+    (home / source).parent.mkdir()
+    (home / source).symlink_to(images)
+    for section in ("Use", "Fine-tune"):
+        for line in commands(card[section]):
+            run(line, images, command)
+        for block in blocks(card[section], "python"):
+            exec(block, {})
+    again, evaluation = commands(card["Reproduce"])
+    run(again, images, command, FOLDER=folder)
+    run(evaluation, images, command)
 
 
 def test_other_tools(home):
     pytest.importorskip("transformers", reason="transformers is not installed; pip install transformers")
-    for block in blocks("At home in timm and the Hub", "python"):
+    for block in blocks(SECTIONS["At home in timm and the Hub"], "python"):
         exec(block, {})
