@@ -1,10 +1,11 @@
 """Damage to images for robustness, at five strengths: noise, blur, JPEG, contrast, occlusion."""
 
 from collections.abc import Callable
+from io import BytesIO
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 Corruption = Callable[[Tensor, int, torch.Generator], Tensor]
@@ -28,7 +29,11 @@ def blur(images: Tensor, strength: int, generator: torch.Generator) -> Tensor:
 def jpeg(images: Tensor, strength: int, generator: torch.Generator) -> Tensor:
     """Compression at quality 60 down to 7."""
     quality = (60, 40, 25, 15, 7)[strength]
-    return torch.stack([decode_jpeg(encode_jpeg(image, quality)) for image in images])
+    compressed = []
+    for image in images:
+        F.to_pil_image(image).save(file := BytesIO(), "JPEG", quality=quality)
+        compressed.append(F.pil_to_tensor(Image.open(file)))
+    return torch.stack(compressed)
 
 
 def contrast(images: Tensor, strength: int, generator: torch.Generator) -> Tensor:
