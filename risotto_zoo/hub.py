@@ -150,10 +150,11 @@ def fetch(
         try:
             return read_verified(path, stated, known.size)
         except UserError as error:
-            _forget(path)
-            cached = None
+            if not _whole(path):  # else the client fell back to the version before, which is still good
+                _forget(path)
+                cached = None
             if attempt == 2:
-                raise HubError(f"{what} did not arrive as the Hub describes it; nothing was kept ({error})") from None
+                raise HubError(f"{what} did not arrive as the Hub describes it; it was not kept ({error})") from None
     raise AssertionError
 
 
@@ -290,6 +291,15 @@ def _known_hash(cached: Path, what: str, unnamed: bool) -> str | None:
             return None
         raise HubError(f"{what}: nobody says what its hash should be, so it cannot be verified; load it as local-dir:")
     return digest
+
+
+def _whole(path: Path) -> bool:
+    """Whether a cached file has the hash that the cache keeps it by."""
+    digest = _blob(path).name
+    try:
+        return _is_hash(digest) and bool(read_verified(path, digest))
+    except UserError:
+        return False
 
 
 def _forget(path: Path) -> None:

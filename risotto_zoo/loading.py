@@ -69,9 +69,12 @@ def load(name: str, device: str | torch.device = "cpu", revision: str | None = N
             told.get(label, str(label)) for label in model.pretrained_cfg.get("label_names") or range(model.num_classes)
         ]
         channels = int(data["input_size"][0])
-        transform(Image.new("L" if channels == 1 else "RGB", (8, 8)))
+        if channels in (1, 3):
+            transform(Image.new("L" if channels == 1 else "RGB", (8, 8)))
     except Exception as error:  # whatever a configuration from elsewhere may hold
         raise UserError(f"{name}: its config.json does not say how to prepare images: {error!r}") from None
+    if channels not in (1, 3):
+        raise UserError(f"{name} takes images of {channels} channels, but only grey (1) and RGB (3) ones are read")
     if len(labels) != model.num_classes:
         raise UserError(f"{name}: its config.json has {len(labels)} label names for {model.num_classes} classes")
     return Classifier(model, transform, labels, channels)

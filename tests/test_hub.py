@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -12,11 +13,13 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from hub_server import TOKEN
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 import risotto_zoo
 from risotto_zoo import hub as fetching
@@ -340,6 +343,26 @@ def test_what_the_cache_holds_is_verified_each_time_and_mended(published, hub):
         assert path.read_bytes() == published[name]
 
 
+def test_a_cached_version_survives_a_hub_that_fails_while_a_newer_one_is_fetched(published, hub, monkeypatch):
+    good = risotto_zoo.load(f"hf-hub:{REPO}").model.fc.bias
+    state = safetensors.torch.load(published[WEIGHTS])
+    state["fc.bias"] = state["fc.bias"] + 1
+    config = published["config.json"].replace(b'"crop_pct": 1.0', b'"crop_pct": 0.5')
+    hub.put(REPO, {"config.json": config, WEIGHTS: safetensors.torch.save(state)})
+    told = huggingface_hub.get_hf_file_metadata
+
+    def then_nothing(url, **options):
+        known = told(url, **options)
+        hub.fail(".*", 503, times=None)
+        return known
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "get_hf_file_metadata", then_nothing)
+        assert torch.equal(risotto_zoo.load(f"hf-hub:{REPO}").model.fc.bias, good)
+    hub.faults.clear()
+    assert torch.equal(risotto_zoo.load(f"hf-hub:{REPO}").model.fc.bias, state["fc.bias"])
+
+
 def test_timm_itself_mends_a_damaged_config(published, hub):
     risotto_zoo.load(f"hf-hub:{REPO}")
     path = Path(huggingface_hub.try_to_load_from_cache(REPO, "config.json"))
@@ -394,15 +417,49 @@ def test_a_configuration_cannot_send_anyone_to_another_file(published, hub, tmp_
         risotto_zoo.load("gcvit_xxtiny")
 
 
-def test_a_revision_has_its_own_weights(published, folder, hub):
+def test_a_revision_has_its_own_weights_and_its_own_labels(published, folder, hub):
     version_up(folder)
-    hub.put(REPO, {name: (folder / name).read_bytes() for name in publish.FILES}, tag="v2")
+    files = {name: (folder / name).read_bytes() for name in publish.FILES}
+    config = json.loads(files["config.json"])
+    config["label_names"] = config["pretrained_cfg"]["label_names"] = [f"digit {i}" for i in range(10)]
+    hub.put(REPO, {**files, "config.json": json.dumps(config).encode()}, tag="v2")
     old, new = (
         safetensors.torch.load(data)["fc.bias"] for data in (published[WEIGHTS], (folder / WEIGHTS).read_bytes())
     )
     assert torch.equal(risotto_zoo.load(f"hf-hub:{REPO}", revision="v1").model.fc.bias, old)
     assert torch.equal(timm.create_model(f"hf-hub:{REPO}@v1", pretrained=True).fc.bias, old)
     assert torch.equal(timm.create_model(f"hf-hub:{REPO}", pretrained=True).fc.bias, new)
+    assert risotto_zoo.load(f"hf-hub:{REPO}", revision="v1").classes == list("0123456789")
+    assert risotto_zoo.load(f"hf-hub:{REPO}").classes == config["label_names"]
+    model = timm.create_model(f"hf-hub:{REPO}@v1", pretrained=True)
+    assert list(model.pretrained_cfg["label_names"]) == list("0123456789")
+
+
+def test_a_release_is_had_in_the_revision_asked_for(hub, monkeypatch, command, tmp_path):
+    """Its own is on this machine; any other comes from the Hub."""
+    name = "risotto_resnet20.cifar10-jpeg"
+    source = cards.CARDS / name
+    state = safetensors.torch.load_file(source / WEIGHTS)
+    state["fc.bias"] = torch.eye(10)[3] * 1e4
+    files = {WEIGHTS: safetensors.torch.save(state), "config.json": (source / "config.json").read_bytes()}
+    hub.put(fetching.repository(name), files, tag="v0")
+    ours = risotto_zoo.load(name, revision=fetching.MANIFEST[name]["revision"])
+    assert not hub.requests and not torch.equal(ours.model.fc.bias, state["fc.bias"])
+    other = risotto_zoo.load("risotto_resnet20", revision="v0")
+    assert torch.equal(other.model.fc.bias, state["fc.bias"])
+    result = command(cli, "predict", source / "curves.png", "--model", name, "--revision", "v0", "--top", 1)
+    assert f"100.00%  {ours.classes[3]}" in result.out
+
+
+def test_a_cache_of_the_callers_own_is_the_only_one_used(published, folder, hub, tmp_path, monkeypatch):
+    usual, own = Path(huggingface_hub.constants.HF_HUB_CACHE), tmp_path / "own"
+    args, name = hub_only(monkeypatch, folder, hub)
+    timm.create_model(f"hf-hub:{REPO}", pretrained=True, cache_dir=own)
+    timm.create_model("risotto_resnet20", **args, cache_dir=own)
+    assert {path.name for path in own.glob("models--*")} == {
+        f"models--{repo.replace('/', '--')}" for repo in (REPO, fetching.repository(name))
+    }
+    assert not list(usual.glob("models--*"))
 
 
 def test_a_private_repository_opens_to_its_token(published, hub, monkeypatch):
@@ -446,6 +503,36 @@ def test_a_release_that_is_on_the_hub_alone(folder, hub, monkeypatch):
     huggingface_hub.constants.HF_HUB_CACHE += "-empty"
     with pytest.raises(UserError, match="not the file this version"):
         timm.create_model("risotto_resnet20", **args)
+
+
+def test_a_damaged_release_on_this_machine_is_not_loaded(monkeypatch, tmp_path):
+    name = "risotto_resnet20.cifar10-jpeg"
+    data = bytearray(fetching.release_file(name).read_bytes())
+    data[-7] ^= 1
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / f"{name}.safetensors").write_bytes(data)
+    monkeypatch.setattr(fetching, "PACKAGE", tmp_path)
+    with pytest.raises(UserError, match="damaged or was changed"):
+        fetching.release_weights(name)
+
+
+def test_the_mend_fits_the_fault(published, folder, hub, monkeypatch):
+    hub.put("somebody/empty", {"config.json": published["config.json"]})
+    with pytest.raises(UserError, match="has no such file; only safetensors"):
+        risotto_zoo.load("hf-hub:somebody/empty")
+    args, name = hub_only(monkeypatch, folder, hub)
+    monkeypatch.setattr(fetching, "ORGANIZATION", "nobody")
+    for location, told in (("hub", False), ("repository", True)):
+        fetching.MANIFEST[name]["location"] = location
+        with pytest.raises(UserError, match="no such repository") as caught:
+            timm.create_model("risotto_resnet20", **args)
+        assert (f"local-dir:model_cards/{name}" in str(caught.value)) == told
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "blobs/x")
+    assert "cannot be stored: No space left" in str(fetching.explained(full, "x", REPO))
+    gated = GatedRepoError.__new__(GatedRepoError)  # it would take a response of the client's HTTP library
+    assert f"ask for access at {hub.url}/{REPO}" in str(fetching.explained(gated, "x", REPO))
+    lost = LocalEntryNotFoundError("not in the cache")
+    assert "cannot be reached" in str(fetching.explained(lost, "x", REPO))
 
 
 def test_a_mirror_that_states_no_sha256_is_checked_by_the_manifests(folder, hub, monkeypatch):
@@ -751,6 +838,8 @@ def test_adapting_and_features_from_released_weights(folder, published, hub):
     for place in (f"local-dir:{folder}", f"hf-hub:{REPO}"):
         model = timm.create_model(place, pretrained=True, num_classes=3)
         assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 3)
+        half = model.fc.weight[:, : model.num_features // 2].double()  # the head is new, and RISOTTO's
+        torch.testing.assert_close(half @ half.T, torch.eye(3).double(), atol=1e-5, rtol=0)
         assert "state_dict" not in model.pretrained_cfg
         assert model.pretrained_cfg["source"] == place.split(":")[0]
         features = timm.create_model(place, pretrained=True, features_only=True, out_indices=(1, 2))
@@ -1043,6 +1132,37 @@ def test_predict_reads_what_people_have(folder, command, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no images" in one_line(command(cli, "predict", tmp_path / "empty", "--model", f"local-dir:{folder}"))
     assert "device" in one_line(command(cli, "predict", pictures, "--model", f"local-dir:{folder}", "--device", "tpu9"))
+
+
+def test_predict_says_what_the_net_does(folder, command, tmp_path):
+    """Each file's own classes and shares, the most probable first."""
+    from PIL import Image
+
+    pictures, draw = tmp_path / "pictures", np.random.default_rng(0)
+    pictures.mkdir()
+    for i in range(3):
+        Image.fromarray(draw.integers(0, 256, (11, 9, 3), dtype=np.uint8)).save(pictures / f"{i}.PNG")
+    classifier = risotto_zoo.load(f"local-dir:{folder}")
+    assert not any(part.training for part in classifier.model.modules())
+    result = command(cli, "predict", pictures, "--model", f"local-dir:{folder}", "--top", 2)
+    expected = []
+    for path in sorted(pictures.iterdir()):
+        image = Image.open(path)
+        shares = classifier.model(classifier.transform(image.convert("L"))[None]).softmax(1)[0]
+        torch.testing.assert_close(classifier([image])[0], shares)
+        expected.append(str(path))
+        for index in shares.argsort(descending=True)[:2]:
+            expected.append(f"  {100 * shares[index]:6.2f}%  {classifier.classes[index]}")
+    assert result.out.splitlines() == expected
+    torch.testing.assert_close(classifier([image] * 3).sum(1), torch.ones(3))
+
+
+def test_a_net_of_other_channels_cannot_read_images(tmp_path):
+    model = timm.create_model("risotto_resnet20", in_chans=4, num_classes=2)
+    config = model_config(model, ["a", "b"], {**model.pretrained_cfg, "input_size": (4, 32, 32)}, {})
+    save_model(tmp_path, model.state_dict(), config)
+    with pytest.raises(UserError, match="takes images of 4 channels"):
+        risotto_zoo.load(f"local-dir:{tmp_path}")
 
 
 @pytest.mark.parametrize("name", list(fetching.MANIFEST))

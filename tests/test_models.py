@@ -125,6 +125,7 @@ def test_head(name):
         torch.testing.assert_close(*(sign * half for sign, half in zip((1, -1), part.chunk(2, dim=1), strict=True)))
     model.double().reset_classifier(3)
     assert model.fc.weight.dtype == torch.float64
+    assert model.global_pool.pool_type == "catavgmax"
     assert timm.create_model(name, num_classes=0, global_pool="")(x).shape == features.shape
 
 
@@ -240,6 +241,9 @@ def test_output_stride_dilates():
     model = timm.create_model("risotto_resnet18", output_stride=8, features_only=True)
     assert model.feature_info.reduction() == [2, 4, 8, 8, 8]
     assert model(torch.randn(1, 3, 64, 64))[-1].shape[-1] == 8
+    small = timm.create_model("risotto_resnet20", output_stride=2, features_only=True)  # its stem keeps the size
+    assert small.feature_info.reduction() == [1, 1, 2, 2]
+    assert small(torch.randn(1, 3, 32, 32))[-1].shape[-1] == 16
 
 
 @pytest.mark.parametrize("options", [{"num_classes": 5}, {"num_classes": 10}, {}])

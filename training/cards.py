@@ -303,7 +303,8 @@ def _results(result: dict[str, Any]) -> str:
         )
     images, averaged = result["evaluation"]["images"], "averaged" in result
     keys = sorted({key for row in result["baselines"] for key in row.get("differs", ["model", "optimizer.lr"])})
-    beside = f" The other rows were trained on the same files by the same recipe, but for {', '.join(keys)}."
+    beside = " The other rows were trained on the same files by the same recipe"
+    beside += f", but for {', '.join(keys)}." if keys else "."
     earlier = result["version"] - 1
     note = f"On {images:,} test images, in float32, after the last epoch; "
     seen = [f"{earlier} earlier version{'s' if earlier > 1 else ''} of this model"] if earlier else []

@@ -243,9 +243,10 @@ def _finetune(tuned: Path, scratch: Path, run: Path, name: str | None) -> dict[s
                     f"{tuned} began from {recipe.init_from}, not from the weights of {run}; fine-tune again with "
                     f"--init-from local-dir:{run}"
                 )
+        curve = "ema_top1" if results.get("better") == "ema" else "val_top1"
         sides[side] = {
             **_outcome(results),
-            "by_epoch": [row["val_top1"] for row in read_metrics(folder)],
+            "by_epoch": [row[curve] for row in read_metrics(folder)],
             "data": without_places(recipe).data.source,
         }
         sides[side] |= {"train_images": results["train_images"], "size": recipe.data.image_size}
@@ -320,7 +321,8 @@ def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, byte
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
     finally:
-        if old.exists() and not folder.exists():  # the second of two renames failed
+        if old.exists() and (staged.exists() or not folder.exists()):  # not all of the renames were done
+            shutil.rmtree(folder, ignore_errors=True)
             old.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
         staged.unlink(missing_ok=True)

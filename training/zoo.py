@@ -126,7 +126,12 @@ def trained_at_once(
                     else:
                         codes[name] = 0
                 for name in [name for name, process in running.items() if process.poll() is not None]:
-                    codes[name] = running.pop(name).returncode
+                    code = running.pop(name).returncode
+                    if code < 0:  # by the system, when memory is short, say
+                        with open(_log(name, runs), "a", encoding="utf-8") as log:
+                            log.write(f"\nerror: killed by {signal.Signals(-code).name}\n")
+                        code = 128 - code
+                    codes[name] = code
                 for row in [row for row in pending if all(name in codes for name in row.names)]:
                     pending.remove(row)
                     yield row, {name: codes[name] for name in row.names if codes[name]}
