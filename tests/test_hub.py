@@ -893,9 +893,17 @@ def test_baselines_must_have_had_the_same_data_and_budget(run, tmp_path, command
     for path in run.glob("*.*"):
         (other / path.name).write_bytes(path.read_bytes())
     results = json.loads((other / "results.json").read_text())
-    (other / "results.json").write_text(json.dumps({**results, "epochs": 300}))
     args = [run, "--tag", "digits", "--output", tmp_path / "out", "--baseline", other]
-    assert "its epochs is 300, not 1" in one_line(command(release.main, *args))
+    for key, value in (("epochs", 300), ("train_images", 99)):
+        (other / "results.json").write_text(json.dumps({**results, key: value}))
+        assert f"its {key} is {value}, not {results[key]}" in one_line(command(release.main, *args))
+    (other / "results.json").write_text(json.dumps(results))
+    recipe = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(recipe.replace("source: digits", "source: scans"))
+    assert "its data is scans, not digits" in one_line(command(release.main, *args))
+    (other / "recipe.yaml").write_text(recipe)
+    assert command(release.main, *args).code == 0
+    assert "trained on the same files by the same recipe.\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_release_is_a_baseline_as_its_run_is(run, tmp_path):
@@ -1033,6 +1041,10 @@ def test_fine_tuning_is_shown_only_of_these_very_weights(run, tmp_path, command)
     assert "first, then the one from scratch" in one_line(
         command(release.main, *args, tmp_path / "scratch", tmp_path / "tuned")
     )
+    results = json.loads((tmp_path / "scratch" / "results.json").read_text())
+    (tmp_path / "scratch" / "results.json").write_text(json.dumps({**results, "train_images": 299}))
+    uneven = one_line(command(release.main, *args, tmp_path / "tuned", tmp_path / "scratch"))
+    assert "had different nets, data or budgets" in uneven
 
 
 def test_a_failing_release_leaves_the_one_before(run, tmp_path, monkeypatch):
@@ -1047,6 +1059,33 @@ def test_a_failing_release_leaves_the_one_before(run, tmp_path, monkeypatch):
         release.release(run, "digits", [], folder, half=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
+
+
+def test_a_release_whose_last_renaming_fails_leaves_the_one_before(run, tmp_path, monkeypatch):
+    """Weights that are packaged lie in another folder than the rest, and neither is replaced alone."""
+    for module in (cards, release):
+        monkeypatch.setattr(module, "CARDS", tmp_path / "model_cards")
+        monkeypatch.setattr(module, "PACKAGE", tmp_path / "risotto_zoo")
+    monkeypatch.setattr(cards, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    (tmp_path / "risotto_zoo").mkdir()
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    folder = release.release(run, "digits", [])
+    assert (folder / WEIGHTS).is_symlink()
+
+    def held():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and ".git" not in path.parts}
+
+    before = held()
+    results = json.loads((folder / "results.json").read_text())
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EACCES, "no")))
+        with pytest.raises(UserError, match="could not be written"):
+            release.release(run, "digits", [], half=True)
+    assert held() == before and publish.check(folder) == results
+    # One outside the zoo leaves the zoo's weights alone.
+    release.release(run, "digits", [], tmp_path / "elsewhere", half=True)
+    assert {path: data for path, data in held().items() if (tmp_path / "elsewhere") not in path.parents} == before
 
 
 def test_release_refuses(run, tmp_path, command):

@@ -16,7 +16,7 @@ from training.distributed import World
 from training.muon import by_shape, set_up_muon
 from training.optimization import build_optimizer, build_scheduler, folded_state, freeze, standardize
 from training.pipelines import resident_sets
-from training.recipe import Recipe, differences, validate
+from training.recipe import Recipe, differences, validate, without_places
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -286,3 +286,19 @@ def test_what_null_stands_for_is_no_difference():
     assert differences(null, Recipe.model_validate({"optimizer": told})) == []
     changed = Recipe.model_validate({"optimizer": told | {"other_weight_decay": 0.1}})
     assert differences(null, changed) == ["optimizer.other_weight_decay"]
+
+
+def test_loader_processes_decide_what_streaming_draws():
+    """Each draws augmentation of its own, so a run does not go on with another number of them."""
+    for pipeline, found in (("resident", []), ("streaming", ["data.workers"])):
+        both = [{"data": {"pipeline": pipeline, "workers": n}, "augment": {"crop_scale": [0.5, 1]}} for n in (2, 4)]
+        ours, theirs = map(Recipe.model_validate, both)
+        assert differences(ours, theirs) == found
+
+
+def test_a_recipe_for_others_names_no_place_of_this_machine():
+    data = {"source": "/home/me/photos", "root": "/mnt/shards"}
+    told = without_places(Recipe.model_validate({"data": data, "init_from": "local-dir:/home/me/runs/first"}))
+    assert (told.data.source, told.data.root, told.init_from) == ("photos", "shards", "local-dir:first")
+    kept = Recipe.model_validate({"data": {"source": "hfds/cifar10", "root": "shards"}})
+    assert without_places(kept) == kept

@@ -21,9 +21,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 import yaml
 
 from risotto_zoo.errors import UserError
+from risotto_zoo.evaluation import evaluate as evaluate_net
 from risotto_zoo.evaluation import wilson_interval
 from training import engine, evaluate, release, run_folder, train
 from training.cuda_graph import WARMUP
@@ -33,6 +35,7 @@ from training.pipelines import build_pipeline
 from training.recipe import load_recipe
 from training.run_folder import read_metrics
 
+CPU = World(0, 1, torch.device("cpu"))
 REPOSITORY = Path(__file__).parent.parent
 # A net of 9 blocks on 8-pixel digits: an epoch of 11 steps takes about a second.
 TINY = ["--set", "epochs=2", "--set", "data.image_size=8", "--set", "batch_size=128", "--set", "warmup_epochs=0.5"]
@@ -360,13 +363,15 @@ def test_a_loss_that_is_not_finite_stops_with_code_3(command, tmp_path):
     result = command(train.main, *options, "--output", tmp_path / "run", "--device", "cpu")
     assert result.code == 3
     assert "not finite at step" in result.err and "learning rate" in result.err and "Usual mends" in result.err
+    assert "no state was saved yet" in result.err
     assert "Traceback" not in result.err
     # It has saved nothing that the mended recipe could harm.
     assert command(train.main, *options, "--set", "optimizer.lr=1e-3", "--output", tmp_path / "run").code == 0
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")).optimizer.lr == 1e-3
 
 
-def test_weights_that_are_not_finite_are_never_saved(undisturbed, command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sign", ["loss", "weights"])
+def test_weights_that_are_not_finite_are_never_saved(sign, undisturbed, command, tmp_path, monkeypatch):
     reference, _ = undisturbed
     folder, step = tmp_path / "run", engine._step
 
@@ -374,16 +379,32 @@ def test_weights_that_are_not_finite_are_never_saved(undisturbed, command, tmp_p
         loss, correct = step(trainer, *args)
         if trainer.progress.step == 14:
             next(trainer.model.parameters()).data.fill_(torch.nan)
-            loss = loss * torch.nan
+            if sign == "loss":
+                loss = loss * torch.nan
         return loss, correct
 
     with monkeypatch.context() as patched:
         patched.setattr(engine, "_step", breaks)
-        assert here(command, *EACH_STEP, "--output", folder).code == 3
+        result = here(command, *EACH_STEP, "--output", folder)
+        assert result.code == 3 and f"the last good state is kept in {folder / 'state'}" in result.err
     found, tensors, *_ = engine.load_state(folder / "state")
     assert found == 14 and all(value.isfinite().all() for value in tensors.values() if value.is_floating_point())
     assert here(command, *EACH_STEP, "--output", folder).code == 0
     assert same(weights(folder), weights(reference))
+
+
+def test_a_signal_saves_nothing_that_is_not_finite(command, tmp_path, monkeypatch):
+    step = engine._step
+
+    def breaks(trainer, *args):
+        if trainer.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            next(trainer.model.parameters()).data.fill_(torch.nan)
+        return step(trainer, *args)
+
+    monkeypatch.setattr(engine, "_step", breaks)
+    assert here(command, "--recipe", "digits", *TINY, "--output", tmp_path / "run").code == 3
+    assert not (tmp_path / "run" / "state").exists()
 
 
 def test_a_device_out_of_memory_is_one_line(command, tmp_path, monkeypatch):
@@ -584,7 +605,7 @@ def test_a_net_of_timms_own_is_fine_tuned_by_the_shipped_recipe(hub, command, tm
     tuned, start_weights = weights(tmp_path / "tuned"), source.state_dict()
     assert tuned["fc.weight"].shape == (2, 96)
     for key, value in start_weights.items():
-        if key.endswith("weight") and not key.startswith("fc"):
+        if key.endswith(("weight", "running_mean", "running_var")) and not key.startswith("fc"):
             assert torch.equal(tuned[key], value) == key.startswith(("conv1", "bn1")), key
     result = command(evaluate.main, f"local-dir:{tmp_path / 'tuned'}", "--device", "cpu")
     assert result.code == 0 and "on 16 images of 2 classes" in result.out
@@ -685,7 +706,7 @@ def test_a_signal_after_the_last_place_to_save_reaches_whoever_waits_for_it(tmp_
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
         recipe = load_recipe("digits", [word for word in TINY if word != "--set"])
-        engine.train(recipe, tmp_path / "run", World(0, 1, torch.device("cpu")))
+        engine.train(recipe, tmp_path / "run", CPU)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
@@ -696,7 +717,7 @@ def test_streaming_augments_as_the_recipe_says_and_no_more(photo_folder):
     settings = [f"data.source={photo_folder}", "data.pipeline=streaming", "model_args={in_chans: 3}", "batch_size=8"]
     settings += ["augment={flip: false, crop_scale: [0.5, 1.0]}", "data.workers=0"]
     view = View((3, 24, 24), (0.5,) * 3, (0.5,) * 3)
-    batches = build_pipeline(load_recipe("digits", settings), view, World(0, 1, torch.device("cpu")))
+    batches = build_pipeline(load_recipe("digits", settings), view, CPU)
     steps = str(batches._training_loader(batches.train).dataset.transform)
     assert "RandomResizedCrop" in steps and "scale=(0.5, 1.0)" in steps
     assert "Jitter" not in steps and "Flip" not in steps
@@ -713,7 +734,7 @@ def test_crops_smaller_than_the_images_that_are_validated(pipeline, photo_folder
     settings += ["augment={crop_scale: [0.5, 1.0]}", "model_args={in_chans: 3}", "batch_size=8", "data.workers=0"]
     recipe = load_recipe("digits", settings)
     view = View((3, 24, 24), (0.5,) * 3, (0.5,) * 3)
-    batches = build_pipeline(recipe, view, World(0, 1, torch.device("cpu")))
+    batches = build_pipeline(recipe, view, CPU)
     assert next(batches.epoch(0))[0].shape == (8, 3, 16, 16)
     assert next(batches.validation())[0].shape[1:] == (3, 24, 24)
 
@@ -775,6 +796,77 @@ def test_shipped_recipes_are_valid_and_say_what_they_need():
         assert any("accuracy" in line.lower() or "not been run" in line for line in head), path
         assert recipe.model in timm.list_models("risotto_*")
     assert yaml.safe_load((folder / "digits.yaml").read_text())["data"]["source"] == "digits"
+
+
+def test_rows_and_files_hold_what_the_run_did(tmp_path, monkeypatch):
+    """Training loss and accuracy are those of the nets that the steps began with, validation is that of the files."""
+    seen, step = [], engine._step
+
+    def watched(trainer, update, images, targets):
+        with torch.no_grad():
+            logits = trainer.model(images)
+        right = (logits.argmax(1) == targets.argmax(1)).sum().item()
+        seen.append((len(images), F.cross_entropy(logits, targets).item() * len(images), right))
+        return step(trainer, update, images, targets)
+
+    monkeypatch.setattr(engine, "_step", watched)
+    recipe = load_recipe("digits", [*TINY[1::2], "ema_decay=0.5"])
+    folder = tmp_path / "run"
+    with stopping_after_an_epoch(monkeypatch), pytest.raises(engine.Stopped):
+        engine.train(recipe, folder, CPU)
+    assert len(read_metrics(folder)) == 1, "a running training can be watched"
+    results = engine.train(recipe, folder, CPU)
+    rows = read_metrics(folder)
+    for i, row in enumerate(rows):
+        images, loss, correct = (sum(column) for column in zip(*seen[11 * i : 11 * (i + 1)], strict=True))
+        assert row["train_loss"] == pytest.approx(loss / images, rel=1e-4) and row["train_top1"] == correct / images
+    pipeline = engine.build(recipe, tmp_path, CPU).pipeline
+    for key, file in (("raw", "model.safetensors"), ("ema", "model_ema.safetensors")):
+        net = timm.create_model(f"local-dir:{folder}", checkpoint_path=folder / file).eval()
+        top1 = evaluate_net(net, pipeline.validation(), CPU.sum).top1
+        assert results[key]["top1"] == top1 == rows[-1][{"raw": "val_top1", "ema": "ema_top1"}[key]]
+    assert results["raw"]["top1"] != results["ema"]["top1"]
+    assert results["better"] == max(("raw", "ema"), key=lambda key: results[key]["top1"])
+
+
+def test_the_seed_decides_what_a_run_begins_with(tmp_path):
+    nets = [engine.build(load_recipe("digits", [f"seed={seed}"]), tmp_path, CPU).model for seed in (0, 0, 1)]
+    first, again, other = (net.state_dict() for net in nets)
+    assert same(first, again) and not torch.equal(first["layer1.0.conv1.weight"], other["layer1.0.conv1.weight"])
+
+
+def test_a_state_is_as_old_as_its_last_saving(tmp_path):
+    trainer = engine.build(load_recipe("digits", ["save_minutes=1"]), tmp_path, CPU)
+    for age, due in ((30, False), (61, True)):
+        trainer.saved = time.perf_counter() - age
+        assert engine._due(trainer) == due
+    engine._save(trainer)
+    assert not engine._due(trainer)
+
+
+def test_a_signal_while_it_validates_saves_and_ends_the_run(command, tmp_path, monkeypatch):
+    validate = engine._validate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args)
+
+    options = ["--recipe", "digits", *TINY, "--output", tmp_path / "run"]
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_validate", interrupted)
+        assert here(command, *options).code == 143
+    step, _, facts, _ = engine.load_state(tmp_path / "run" / "state")
+    assert step == 11 and not facts["progress"]["history"]
+    assert here(command, *options).code == 0 and len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_a_second_signal_ends_a_run_that_cannot_save(monkeypatch):
+    with pytest.raises(KeyboardInterrupt), engine.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # of the same key
+        assert stop.number == signal.SIGINT
+        stop.since -= 2
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_states_are_saved_every_so_many_epochs_and_when_they_are_too_old(command, tmp_path, monkeypatch):
@@ -912,7 +1004,7 @@ def test_a_step_as_a_cuda_graph_is_the_same_step(optimizer, command, tmp_path, m
     assert losses["true"] == pytest.approx(losses["false"], rel=5e-3)
     if optimizer == "muon":
         return
-    start = engine.build(load_recipe("digits"), tmp_path, World(0, 1, torch.device("cpu"))).model.state_dict()
+    start = engine.build(load_recipe("digits"), tmp_path, CPU).model.state_dict()
     for name in ("model.safetensors", "model_ema.safetensors"):
         graphed, plain = (safetensors.torch.load_file(tmp_path / graph / name) for graph in ("true", "false"))
         apart = sum((graphed[key] - value).square().sum() for key, value in plain.items()).sqrt()

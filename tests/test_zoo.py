@@ -8,6 +8,7 @@ import subprocess
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -128,6 +129,25 @@ def test_rows_at_once_are_released_and_what_fails_is_told(toy, command, tmp_path
     assert result.code == 2 and "missing.yaml is left out: error:" in result.err, result
     assert str(tmp_path / "nowhere") in result.err and "Traceback" not in result.err
     assert (toy / "model_cards" / "risotto_resnet20.digits" / "README.md").is_file()
+
+
+def test_a_training_that_the_system_kills_is_told(toy, command, tmp_path):
+    over = threading.Event()
+
+    def kill():
+        while not over.wait(0.05):
+            for process in psutil.Process().children():
+                if "training.train" in process.cmdline() and list((tmp_path / "runs").glob("*/state/*.json")):
+                    process.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    zoo.ROWS.write_text(yaml.safe_dump([{"recipe": str(tmp_path / "toy.yaml"), "tag": "digits"}]))
+    settings = ["--set", "epochs=400", "--set", "save_minutes=1e-9"]
+    result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu", "--jobs", 2, *settings)
+    over.set()
+    thread.join()
+    assert result.code == 137 and "toy.yaml is left out: error: killed by SIGKILL" in result.err, result
 
 
 def test_a_row_that_cannot_be_done_keeps_no_other_from_it(toy, command, tmp_path):
