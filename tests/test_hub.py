@@ -26,7 +26,7 @@ from risotto_zoo import hub as fetching
 from risotto_zoo.checkpoints import WEIGHTS, model_config, save_model
 from risotto_zoo.cli import main as cli
 from risotto_zoo.errors import UserError
-from risotto_zoo.files import sha256
+from risotto_zoo.files import sha256, write_atomically
 from training import cards, engine, evaluate, publish, release, tables, train
 from training.distributed import World
 from training.recipe import Recipe, load_recipe
@@ -944,6 +944,27 @@ def test_a_record_is_a_baseline_as_its_run_is(run, tmp_path, monkeypatch, comman
     args = [run, "--tag", "digits", "--output", tmp_path / "out", "--baseline", record]
     assert "is no record of a run" in one_line(command(release.main, *args))
     assert json.loads((both / "results.json").read_text())["baselines"] == [first, second]
+
+
+def test_a_row_of_a_sweep_says_what_was_unusual(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RECORDS", tmp_path)
+    tables.add(run, sweep=True)
+    settings = json.loads((tmp_path / "sweeps" / f"{run.name}.json").read_text())["settings"]
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    assert settings["batch"] == 256 and settings["warmup"] == 0 and settings["side"] == 8
+    assert settings["lr"] == recipe.optimizer.lr and settings["images"] == 1437
+    assert not {"centralize", "mixup", "label_smoothing"} & settings.keys()
+    assert "batch=256" in tables.sweep_table() and "mixup" not in tables.sweep_table()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    """Not before it is on the disk does a new file take the old one's place."""
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_pair_of_records_is_a_row_of_the_results_until_it_is_released(run, tmp_path, monkeypatch):

@@ -56,6 +56,20 @@ def test_adaptive_clipping_leaves_the_classifier_alone(tmp_path):
     assert moved[0] == moved[1] > 0
 
 
+def test_float16_clips_gradients_and_not_scaled_ones_and_keeps_its_scale(tmp_path):
+    steps = []
+    for amp in ("float16", None):
+        trainer, history = after_steps(1, tmp_path, amp=amp, clip={"mode": "norm", "value": 0.001})
+        steps.append((history[1] - history[0]).norm())
+        if amp:
+            trainer.scaler.update(1024.0)
+            engine._save(trainer)
+            resumed = engine.build(recipe(amp=amp), tmp_path, CPU)
+            engine._resume(resumed)
+            assert resumed.scaler.get_scale() == 1024
+    torch.testing.assert_close(*steps, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
