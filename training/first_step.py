@@ -1,6 +1,5 @@
 """What the first step of training changes: every scheme, from 20 to 110 layers, on real images."""
 
-import json
 import platform
 import statistics
 from pathlib import Path
@@ -19,6 +18,7 @@ from risotto_zoo.files import write_atomically
 from .optimization import build_optimizer
 from .propagation import some_images
 from .recipe import validate
+from .run_folder import a_row_a_line
 
 FOLDER = Path(__file__).parent / "studies" / "first_step"
 SCHEMES = {
@@ -63,7 +63,7 @@ def conduct(source: Path) -> dict[str, Any]:
         "rows": rows,
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    write_atomically(results_file(), (json.dumps(stored, indent=1) + "\n").encode())
+    write_atomically(results_file(), a_row_a_line(stored, "rows"))
     return stored
 
 

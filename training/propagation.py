@@ -1,6 +1,5 @@
 """Signal propagation at initialization: every scheme, from 20 to 1,202 layers, on real images, without training."""
 
-import json
 import math
 import platform
 import time
@@ -19,6 +18,7 @@ from risotto_zoo.initializers import SCHEMES
 from risotto_zoo.isometry import probed_singular_values, signal_by_block, signal_map
 
 from .data import View, load_set, normalized
+from .run_folder import a_row_a_line
 
 FOLDER = Path(__file__).parent / "studies" / "propagation"
 DEPTHS = {20: (3, 3, 3), 56: (9, 9, 9), 110: (18, 18, 18), 1202: (200, 200, 200)}
@@ -56,7 +56,7 @@ def conduct(source: Path) -> dict[str, Any]:
         "rows": rows,
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    write_atomically(results_file(), (json.dumps(stored, indent=1) + "\n").encode())
+    write_atomically(results_file(), a_row_a_line(stored, "rows"))
     return stored
 
 

@@ -214,6 +214,14 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     write_atomically(folder / "metrics.csv", text.getvalue().encode())
 
 
+def a_row_a_line(record: dict[str, Any], key: str) -> bytes:
+    """A record as JSON with each item of its list `key` on one line: a third smaller, and its changes can be read."""
+    rows = ",\n  ".join(json.dumps(row) for row in record[key])
+    return (
+        json.dumps({**record, key: []}, indent=1).replace(f'"{key}": []', f'"{key}": [\n  {rows}\n ]') + "\n"
+    ).encode()
+
+
 def read_metrics(folder: Path) -> list[dict[str, float | None]]:
     """The rows of metrics.csv, None where an epoch had no validation; no rows if there is no such file."""
     if not (folder / "metrics.csv").is_file():

@@ -20,7 +20,7 @@ from risotto_zoo.files import write_atomically
 from .cards import CARDS, RECORDS, between, duration, read_json, releases
 from .recipe import RECIPES, Recipe, load_recipe, section_of, validate, without_places
 from .report import verdicts
-from .run_folder import read_metrics
+from .run_folder import a_row_a_line, read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -167,15 +167,7 @@ def add(run: Path, sweep: bool) -> None:
         }
     target = (RECORDS / "sweeps" if sweep else RECORDS) / f"{run.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, _text(record).encode())
-
-
-def _text(record: dict[str, Any]) -> str:
-    """A record as JSON, an epoch a line: smaller than with a number a line, and its changes can be read."""
-    rows = ",\n  ".join(json.dumps(row) for row in record["history"])
-    return (
-        json.dumps({**record, "history": []}, indent=1).replace('"history": []', f'"history": [\n  {rows}\n ]') + "\n"
-    )
+    write_atomically(target, a_row_a_line(record, "history"))
 
 
 def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
