@@ -11,6 +11,7 @@ import torch
 from test_training import REPOSITORY, TINY, here, same, weights, with_step
 
 from training import engine, train
+from training.run_folder import read_metrics
 
 
 def free_port():
@@ -47,6 +48,11 @@ def test_two_processes_train_what_one_trains(command, tmp_path):
     results = [json.loads((tmp_path / name / "results.json").read_text())["raw"] for name in ("one", "two")]
     assert results[0]["images"] == results[1]["images"] == 360
     assert results[0]["top1"] == pytest.approx(results[1]["top1"], abs=1 / 360)
+    for mine, theirs in zip(*(read_metrics(tmp_path / name) for name in ("one", "two")), strict=True):
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
+        assert mine["train_top1"] == pytest.approx(theirs["train_top1"], abs=2 / 1437)
+    facts = engine.load_state(tmp_path / "two" / "state")[2]
+    assert facts["progress"]["images"] == 5 * 11 * 128
 
 
 def test_running_statistics_are_those_of_all_processes(command, tmp_path):
@@ -110,6 +116,9 @@ def test_each_process_resumes_with_its_own_running_statistics(tmp_path):
     assert [run.returncode for run in runs] == [0, 0], told
     assert "resumed at step 5" in told[1]
     assert same(*(weights(tmp_path / name) for name in ("whole", "killed")))
+    whole, killed = (read_metrics(tmp_path / name)[0] for name in ("whole", "killed"))
+    for key in ("train_loss", "train_top1"):  # what was summed up before counts once
+        assert killed[key] == pytest.approx(whole[key], rel=1e-6)
 
 
 def test_a_restart_after_an_early_death_does_what_the_first_attempt_was_told(command, tmp_path, monkeypatch):
