@@ -59,10 +59,10 @@ def _is_muon(name: str) -> bool:
 
 @torch.no_grad()
 def _centralize(kernels: list[nn.Parameter], *_: object) -> None:
-    """Steps that leave each channel's sum over its kernel as it is (Yong et al., arXiv 2004.01461).
+    """Gradient centralization (Yong et al., arXiv 2004.01461).
 
-    The maps that come in are positive, so that sum is what moves a channel's mean. Without normalization nothing else
-    keeps it where ReLU passes something on.
+    SGD and Muon then leave each channel's sum over its kernel as it is. The maps that come in are positive, so that sum
+    moves a channel's mean, on which it depends whether ReLU passes anything on.
     """
     for kernel in kernels:
         if kernel.grad is not None:
