@@ -154,7 +154,7 @@ def fetch(
                 _forget(path)
                 cached = None
             if attempt == 2:
-                raise HubError(f"{what} did not arrive as the Hub describes it; it was not kept ({error})") from None
+                raise HubError(f"{what} did not arrive as the Hub describes it; nothing was kept ({error})") from None
     raise AssertionError
 
 
