@@ -823,9 +823,11 @@ def test_rows_and_files_hold_what_the_run_did(tmp_path, monkeypatch):
     pipeline = engine.build(recipe, tmp_path, CPU).pipeline
     for key, file in (("raw", "model.safetensors"), ("ema", "model_ema.safetensors")):
         net = timm.create_model(f"local-dir:{folder}", checkpoint_path=folder / file).eval()
-        top1 = evaluate_net(net, pipeline.validation(), CPU.sum).top1
-        assert results[key]["top1"] == top1 == rows[-1][{"raw": "val_top1", "ema": "ema_top1"}[key]]
-    assert results["raw"]["top1"] != results["ema"]["top1"]
+        found, column = evaluate_net(net, pipeline.validation(), CPU.sum), {"raw": "val", "ema": "ema"}[key]
+        assert results[key]["top1"] == found.top1 == rows[-1][f"{column}_top1"]
+        assert results[key]["loss"] == pytest.approx(found.loss, rel=1e-6)
+        assert rows[-1][f"{column}_loss"] == pytest.approx(found.loss, rel=1e-6)
+    assert abs(results["raw"]["loss"] - results["ema"]["loss"]) > 1e-3
     assert results["better"] == max(("raw", "ema"), key=lambda key: results[key]["top1"])
 
 
