@@ -150,7 +150,8 @@ def fetch(
         try:
             return read_verified(path, stated, known.size)
         except UserError as error:
-            if not _whole(path):  # else the client fell back to the version before, which is still good
+            # A whole file is the version before, to which the client fell back; but a release has one version.
+            if digest is not None or not _whole(path):
                 _forget(path)
                 cached = None
             if attempt == 2:

@@ -435,7 +435,7 @@ def test_a_revision_has_its_own_weights_and_its_own_labels(published, folder, hu
     assert list(model.pretrained_cfg["label_names"]) == list("0123456789")
 
 
-def test_a_release_is_had_in_the_revision_asked_for(hub, monkeypatch, command, tmp_path):
+def test_a_release_is_had_in_the_revision_asked_for(hub, command):
     """Its own is on this machine; any other comes from the Hub."""
     name = "risotto_resnet20.cifar10-jpeg"
     source = cards.CARDS / name

@@ -862,7 +862,7 @@ def test_a_signal_while_it_validates_saves_and_ends_the_run(command, tmp_path, m
     assert here(command, *options).code == 0 and len(read_metrics(tmp_path / "run")) == 2
 
 
-def test_a_second_signal_ends_a_run_that_cannot_save(monkeypatch):
+def test_a_second_signal_ends_a_run_that_cannot_save():
     with pytest.raises(KeyboardInterrupt), engine.StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # of the same key

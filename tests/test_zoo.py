@@ -138,7 +138,7 @@ def test_a_training_that_the_system_kills_is_told(toy, command, tmp_path):
         while not over.wait(0.05):
             for process in psutil.Process().children():
                 if "training.train" in process.cmdline() and list((tmp_path / "runs").glob("*/state/*.json")):
-                    process.kill()
+                    return process.kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
