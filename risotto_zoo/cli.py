@@ -36,6 +36,7 @@ def _arguments() -> argparse.Namespace:
     inspect.add_argument("--init", default="risotto", help=f"scheme: {', '.join(SCHEMES)} (default: risotto)")
     inspect.add_argument("--alpha", type=float, help="weight of the branches at the start (default: the scheme's)")
     inspect.add_argument("--rotated-pairs", type=int, metavar="N", help="pairs that an identity skip's block rotates")
+    inspect.add_argument("--patches", action="store_true", help="strided layers that read every pixel")
     inspect.add_argument("--seed", type=int, default=0, help="seed of weights and random images (default: 0)")
     inspect.add_argument(
         "--image", nargs="+", type=Path, metavar="FILE", help="measure on these images, not on random ones"
@@ -131,7 +132,7 @@ def inspect_model(args: argparse.Namespace) -> int:
         create_model(args.name)  # an unknown name is told with the nearest ones
         raise UserError(f"{args.name} is not a model of this zoo; see risotto-zoo list")
     start = {"init": args.init, "alpha": args.alpha, "rotated_pairs": args.rotated_pairs, "seed": args.seed}
-    model = create_model(args.name, **start).eval()
+    model = create_model(args.name, **start, patches=args.patches).eval()
     reduction = model.feature_info[-1]["reduction"]
     images = _read(args.image, model) if args.image else _random_images(model, 4 * reduction, args.seed)
     function = signal_map(model)
@@ -143,9 +144,10 @@ def inspect_model(args: argparse.Namespace) -> int:
         values = values[values > 0]
     else:
         values, how = probed_singular_values(function, images[0], PROBES), f"{PROBES} random probes of the"
-    blocks = signal_by_block(model, images)
+    blocks = signal_by_block(model, images, sampled=not args.patches)
 
     given = [f"{key}={start[key]:g}" for key in ("alpha", "rotated_pairs") if start[key] is not None]
+    given += ["patches"] * args.patches
     what = f"{', '.join([args.name, f'init={args.init}', *given])}, {'x'.join(map(str, images.shape[1:]))} images"
     print(what)
     print(

@@ -117,7 +117,7 @@ class BlockSignal:
 
 
 @torch.no_grad()
-def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
+def signal_by_block(model: nn.Module, images: Tensor, sampled: bool = True) -> list[BlockSignal]:
     """Norm and cosine similarity after every residual block, at the pixels that reach the last map.
 
     Strides sample pixels; comparing depths is fair only on the pixels that all of them see, so every map is read at
@@ -126,6 +126,7 @@ def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
     Args:
         model: A ResNet with stages `layer1`, `layer2`, ...
         images: Two or more images, shape (B, C, H, W).
+        sampled: False reads whole maps, which is fair for a start with `patches`, whose strides drop no pixel.
     Raises:
         ValueError: If fewer than two images are given, or the net has no such stages.
     """
@@ -148,10 +149,12 @@ def signal_by_block(model: nn.Module, images: Tensor) -> list[BlockSignal]:
     results = []
     for name, full in maps.items():
         rows, cols = (1 << (-(-side // end) - 1).bit_length() for side, end in zip(full.shape[2:], last, strict=True))
-        sampled = full[..., ::rows, ::cols].double().cpu()  # the power of two between the two sizes
-        signals = signal(sampled).flatten(1)
+        if sampled:
+            full = full[..., ::rows, ::cols]  # the power of two between the two sizes
+        full = full.double().cpu()
+        signals = signal(full).flatten(1)
         norm = signals.norm(dim=1).square().mean().sqrt().item()
-        results.append(BlockSignal(name, norm, _similarity(signals), _similarity(sampled.flatten(1))))
+        results.append(BlockSignal(name, norm, _similarity(signals), _similarity(full.flatten(1))))
     return results
 
 

@@ -33,6 +33,10 @@ def test_inspect_prints_isometry_and_draws_it(command, tmp_path):
     assert result.code == 0, result.err
     assert float(re.search(r"largest distance from 1: (\S+)", result.out)[1]) < 1e-5
     assert "layer3.2" in result.out and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    patches = command(cli.main, "inspect", "risotto_resnet20", "--patches", "--output", tmp_path / "p.png")
+    assert float(re.search(r"largest distance from 1: (\S+)", patches.out)[1]) < 1e-5
+    ranks = [int(re.search(r"singular values: (\d+) from", result.out)[1]) for result in (result, patches)]
+    assert ranks == [3 * 16, 32 * 16]
     he = command(cli.main, "inspect", "risotto_resnet20", "--init", "he", "--output", tmp_path / "b.png")
     assert float(re.search(r"largest distance from 1: (\S+)", he.out)[1]) > 10
 

@@ -271,6 +271,7 @@ def test_a_head_is_adapted_as_timms_scripts_ask_for_it(options, tmp_path):
         ({"init": "he", "alpha": float("nan")}, "not a finite number"),
         ({"rotated_pairs": 0}, "rotated_pairs is 0"),
         ({"init": "skipinit", "rotated_pairs": 2}, "is of init='risotto', not of 'skipinit'"),
+        ({"init": "he", "patches": True}, "patches is of init='risotto', not of 'he'"),
         ({"output_stride": 3}, "output_stride must be one of"),
         ({"features_only": True, "out_indices": (1, 4)}, r"feature maps 0 \(its stem's\) to 3"),
         ({"features_only": True, "out_indices": 5}, r"feature maps 0 \(its stem's\) to 3"),

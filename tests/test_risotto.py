@@ -180,13 +180,17 @@ def test_a_max_pool_is_let_through_and_is_no_isometry():
     assert values.max() > 2
 
 
-def effective_spectrum(model, image):
+def without_eps_and_pool(model):
     """In evaluation mode fresh batch norm divides by sqrt(1 + eps); without eps it is the identity."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 0.0
     model.maxpool = nn.Identity()  # a max pool is no isometry
-    values = singular_values(signal_map(model.double().eval()), image)
+    return model.double().eval()
+
+
+def effective_spectrum(model, image):
+    values = singular_values(signal_map(without_eps_and_pool(model)), image)
     return values[values > 1e-8]
 
 
@@ -333,6 +337,115 @@ def test_a_block_that_rotates_few_pairs_passes_all_others(name):
     every = timm.create_model(name, seed=0).state_dict()
     for key, value in timm.create_model(name, seed=0, rotated_pairs=1000).state_dict().items():
         assert torch.equal(value, every[key]), key
+
+
+# --- patches
+
+
+def assert_patches_are_isometric(model, image, rank, tolerance):
+    values = singular_values(signal_map(model.eval()), image)
+    torch.testing.assert_close(values[:rank], torch.ones(rank, dtype=values.dtype), atol=tolerance, rtol=0)
+    assert (values[rank:] <= tolerance).all()
+
+
+@pytest.mark.parametrize("name", WITHOUT_NORM)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_every_model_with_patches_is_isometric_from_more_than_a_sample_of_the_pixels(name, dtype, tolerance):
+    """The rank is what the channels have room for: without patches it is 3 for a pixel of the last map."""
+    model = timm.create_model(name, seed=0, dtype=dtype, patches=True, alpha=0.1, rotated_pairs=1)
+    size = model.feature_info[-1]["reduction"]
+    image = torch.randn(3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    if model.num_features == 64:
+        assert_patches_are_isometric(model, image, 32, tolerance)
+    elif "18_cifar" in name:
+        assert_patches_are_isometric(model, image, 3 * 8 * 8, tolerance)  # all pixels
+    else:  # more values than can be had in seconds
+        values = probed_singular_values(signal_map(model.eval()), image, 8)
+        torch.testing.assert_close(values, torch.ones(8, dtype=dtype), atol=tolerance, rtol=0)
+
+
+def test_patches_lose_nothing_of_an_image_where_there_is_room():
+    model = timm.create_model("risotto_resnet18_cifar", seed=0, dtype=torch.float64, patches=True).eval()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    signals = signal_map(model)(images)
+    torch.testing.assert_close(signals.norm(dim=1), images.flatten(1).norm(dim=1), rtol=1e-10, atol=0)
+    torch.testing.assert_close(signals @ signals.T, images.flatten(1) @ images.flatten(1).T, rtol=1e-8, atol=1e-8)
+    sampled = timm.create_model("risotto_resnet18_cifar", seed=0, dtype=torch.float64).eval()
+    assert (signal_map(sampled)(images).norm(dim=1) < 0.2 * images.flatten(1).norm(dim=1)).all()
+    blocks = signal_by_block(model, images, sampled=False)
+    for block in blocks:
+        assert block.norm == pytest.approx(images.square().sum(dim=(1, 2, 3)).mean().sqrt().item(), rel=1e-10)
+        assert block.similarity == pytest.approx(blocks[0].similarity, abs=1e-10)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("skip", ["identity", "projection"])
+@pytest.mark.parametrize(
+    "options", [{"in_chans": 1}, {"in_chans": 12}, {"alpha": 0.5}, {"alpha": -2.0}, {"rotated_pairs": 9}]
+)
+def test_odd_cases_with_patches_are_isometric(block, skip, options):
+    options = {"in_chans": 3, "num_classes": 2, "seed": 0, **options}
+    model = RisottoResNet(
+        block, (2, 2, 2), (8, 16, 32), stem="cifar", skip=skip, patches=True, dtype=torch.float64, **options
+    )
+    image = torch.randn(options["in_chans"], 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    # Of 4 x 4 pixels: all their numbers, or the pairs of the last map, or what the bottlenecks let through. Of 12
+    # channels that is 4, 12 and 28 dimensions, which are the stem's pairs, then one pixel's and 8 more, then 16 more.
+    room = {1: 16, 3: 16 if block is BasicBlock else 27, 12: 16 if block is BasicBlock else 28}
+    assert_patches_are_isometric(model, image, 2 * room[options["in_chans"]], 1e-10)
+
+
+def test_many_blocks_with_patches_are_isometric():
+    for skip in ("identity", "projection"):
+        model = RisottoResNet(
+            BasicBlock, (250, 250), (8, 16), stem="cifar", skip=skip, num_classes=2, seed=0, dtype=torch.float64,
+            patches=True,
+        )  # fmt: skip
+        image = torch.randn(3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        assert_patches_are_isometric(model, image, 8, 1e-9)
+
+
+def test_an_alpha_of_zero_leaves_the_skips_pixels():
+    model = timm.create_model("risotto_resnet20_c", seed=0, alpha=0.0, patches=True, dtype=torch.float64)
+    image = torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert_patches_are_isometric(model, image, 3 * 4, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: timm.create_model("resnet18"),
+        lambda: timm.create_model("risotto_resnet18_bn"),
+        lambda: torchvision.models.resnet50(weights=None),
+    ],
+)
+def test_patches_of_plain_resnets_are_isometric_up_to_the_pool(make):
+    model = risotto_(make(), generator=torch.Generator().manual_seed(0), patches=True)
+    image = torch.randn(3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    values = probed_singular_values(signal_map(without_eps_and_pool(model)), image, 16)
+    torch.testing.assert_close(values, torch.ones(16, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_patches_that_no_kernel_covers_are_refused():
+    model = timm.create_model("risotto_resnet18")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for change, reason in (({"stride": (4, 4)}, "3x3 kernel does not cover 4x4"), ({"dilation": (2, 2)}, "3x3 kernel")):
+        conv = model.layer2[0].conv1
+        kept = {key: getattr(conv, key) for key in ("stride", "dilation", "padding")}
+        for key, value in change.items():
+            setattr(conv, key, value)
+        if "dilation" in change:
+            conv.padding = (2, 2)
+        else:
+            model.layer2[0].downsample[0].stride = (4, 4)
+        with pytest.raises(ValueError, match=f"layer2.0.conv1: patches do not fit: its {reason}"):
+            risotto_(model, patches=True)
+        for key, value in kept.items():
+            setattr(conv, key, value)
+        model.layer2[0].downsample[0].stride = (2, 2)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"layer2\.0: alpha=1e-05 .*float16 cannot hold"):
+        timm.create_model("risotto_resnet20_c", dtype=torch.float16, alpha=1e-5, patches=True)
 
 
 def test_the_default_device_does_not_matter():

@@ -173,7 +173,7 @@ def _check_plain(config: dict[str, Any], state: dict[str, Tensor], run: Path) ->
             f"{run} started by Fixup, with scalar biases that {name} does not have by its name alone; the run folder "
             "itself can be loaded, as local-dir:FOLDER"
         )
-    structural = sorted(config["model_args"].keys() - {"init", "alpha", "rotated_pairs", *OF_TRAINING})
+    structural = sorted(config["model_args"].keys() - {"init", "alpha", "rotated_pairs", "patches", *OF_TRAINING})
     if structural:
         raise UserError(
             f"{run} changed {', '.join(structural)} of {name} in model_args: a release must load by its name alone; "

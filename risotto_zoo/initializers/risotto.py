@@ -1,8 +1,8 @@
 """RISOTTO: exact dynamical isometry for ReLU ResNets (Gadhikar and Burkholz, arXiv 2210.02411).
 
 The method (looks-linear orthogonal layers, a skip or branch that makes up the difference to an orthogonal map) is the
-paper's. The constructions for identity skips are this project's; the one for bottlenecks, and blocks that rotate some
-pairs only, go beyond the paper.
+paper's. The constructions for identity skips are this project's; the one for bottlenecks, blocks that rotate some pairs
+only, and strided layers that read every pixel go beyond the paper.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from .matrices import (
     signed_permutation,
     signed_selection,
 )
+from .patches import block_signal, carry, check_patch, complement, patch_kernel_, per_pixel, pixels_of
 from .structure import Block, ResNetStructure, check_arguments, resnet_structure
 
 Rng = torch.Generator | None
@@ -43,19 +44,23 @@ def head_matrix(classes: int, features: int, pools: int = 1, generator: Rng = No
     return torch.cat([torch.cat([part, -part], dim=1) for part in u.chunk(pools, dim=1)], dim=1)
 
 
-def projection_block(widths: list[int], alpha: float, generator: Rng = None) -> tuple[list[Tensor], Tensor]:
+def projection_block(
+    widths: list[int], alpha: float, generator: Rng = None, m: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
     """Branch and skip matrices of a block with a projection skip (the paper's type C).
 
     W_i = LL(U_i), W_skip = LL(M - alpha U_m ... U_1), so that alpha f + h = LL(M), whatever alpha is.
 
     Args:
-        widths: channels of the input and after each of the m layers of the branch, m + 1 even numbers.
+        widths: channels of the input and after each of the layers of the branch, even numbers.
+        m: M, shape (widths[-1] / 2, widths[0] / 2), if it is not to be drawn.
     Returns:
         The W_i, each of shape (widths[i + 1], widths[i]), and W_skip of shape (widths[-1], widths[0]).
     """
     pairs = [w // 2 for w in widths]
     us = [semi_orthogonal(rows, cols, generator) for cols, rows in itertools.pairwise(pairs)]
-    m = semi_orthogonal(pairs[-1], pairs[0], generator)
+    if m is None:
+        m = semi_orthogonal(pairs[-1], pairs[0], generator)
     product = us[0]
     for u in us[1:]:
         product = u @ product
@@ -130,6 +135,7 @@ def risotto_(
     alpha: float | None = None,
     generator: torch.Generator | None = None,
     rotated_pairs: int | None = None,
+    patches: bool = False,
 ) -> nn.Module:
     """Initialize a ResNet in place so that its input-output Jacobian on signals is exactly orthogonal.
 
@@ -150,13 +156,18 @@ def risotto_(
         rotated_pairs: How many pairs of channels a block with an identity skip rotates, a random subset of its own; all
             that its branch is wide enough for if None. Fewer make branches of smaller kernels, and so steps of training
             that change a deep net less, at the same isometry. Blocks with a projection skip rotate all.
+        patches: Whether strided layers read the whole patch of pixels that each of their outputs stands for, and not
+            its first pixel alone. The map is then isometric from all pixels where the channels have room for them
+            (`risotto_resnet18_cifar`: everywhere), and keeps as many dimensions as there is room for elsewhere; its
+            non-zero singular values are 1 for images whose sides all strides divide. In a strided block the skip
+            carries the first pixel, the branch the others, into what the skip leaves free.
     Returns:
         The same model.
     Raises:
         ValueError: If the network cannot be initialized exactly (the message names the module and the reason), or if
             alpha, the generator or rotated_pairs does not fit. No weight has changed then.
 
-    Source: arXiv 2210.02411 for the method; bottlenecks and rotated_pairs go beyond it (README, "The method").
+    Source: arXiv 2210.02411 for the method; bottlenecks, rotated_pairs and patches go beyond it (README, "The method").
     """
     structure = resnet_structure(model)
     alpha = 1.0 if alpha is None else alpha
@@ -164,20 +175,25 @@ def risotto_(
     if rotated_pairs is not None and (type(rotated_pairs) is not int or rotated_pairs < 1):
         raise ValueError(f"rotated_pairs is {rotated_pairs!r}, not a number of pairs from 1")
     for block in structure.blocks:
-        _check_block(block, alpha)
-    _check_widths(model, structure)
+        _check_block(block, alpha, patches)
+    if patches:
+        for name, module in model.named_modules():
+            if any(module is conv for conv in [*structure.stem, *(c for b in structure.blocks for c in b.convs)]):
+                check_patch(name, module)
+    else:
+        _check_widths(model, structure)
     features = structure.blocks[-1].convs[-1].out_channels
     if structure.head is not None:
         _check_head(structure.head, features)
 
     for norm in structure.norms:
         norm.reset_parameters()
-    first, *others = structure.stem
-    delta_kernel_(first, stem_matrix(first.out_channels, first.in_channels, generator))
-    for conv in others:
-        delta_kernel_(conv, layer_matrix(conv.out_channels, conv.in_channels, generator))
+    span = _write_stem(structure.stem, generator, patches)
     for block in structure.blocks:
-        _write_block(block, alpha, generator, rotated_pairs)
+        if span is not None and block.skip is not None and pixels_of(block.skip) > 1:
+            span = _write_strided_block(block, alpha, generator, span)
+        else:
+            span = _write_block(block, alpha, generator, rotated_pairs, span)
     if structure.head is not None:
         risotto_head_(structure.head, features, generator)
     return model
@@ -225,14 +241,15 @@ def _check_head(head: nn.Linear, features: int) -> None:
         raise ValueError(f"fc: {head.in_features} inputs are no multiple of {features} paired feature channels")
 
 
-def _check_block(block: Block, alpha: float) -> None:
+def _check_block(block: Block, alpha: float, patches: bool) -> None:
+    if block.skip is None and alpha == 0:
+        raise ValueError(f"{block.name}: alpha=0 with an identity skip leaves no branch to make the map orthogonal")
+    divides = block.skip is None or (patches and pixels_of(block.skip) > 1 and alpha != 0)
+    dtype = block.convs[-1].weight.dtype
+    if divides and 2 / abs(alpha) > torch.finfo(dtype).max:  # the largest weight that LL(M) - I over alpha can have
+        raise ValueError(f"{block.name}: alpha={alpha} makes weights of the branch that {dtype} cannot hold")
     if block.skip is not None:
         return
-    if alpha == 0:
-        raise ValueError(f"{block.name}: alpha=0 with an identity skip leaves no branch to make the map orthogonal")
-    dtype = block.convs[-1].weight.dtype
-    if 2 / abs(alpha) > torch.finfo(dtype).max:  # the largest weight that LL(M) - I over alpha can have
-        raise ValueError(f"{block.name}: alpha={alpha} makes weights of the branch that {dtype} cannot hold")
     channels, *inner = [block.convs[0].in_channels] + [conv.out_channels for conv in block.convs[:-1]]
     if len(block.convs) == 2 and inner != [channels]:
         raise ValueError(f"{block.name}: an identity skip needs {channels} inner channels, found {inner[0]}")
@@ -240,18 +257,62 @@ def _check_block(block: Block, alpha: float) -> None:
         raise ValueError(f"{block.name}: inner widths {inner} of a bottleneck must be equal and at most {channels}")
 
 
-def _write_block(block: Block, alpha: float, generator: Rng, rotated: int | None) -> None:
+def _write_stem(convs: list[nn.Conv2d], generator: Rng, patches: bool) -> Tensor | None:
+    """With patches, returns the subspace that the signal of an image spans behind the stem."""
+    first, *others = convs
+    if not patches:
+        delta_kernel_(first, stem_matrix(first.out_channels, first.in_channels, generator))
+        for conv in others:
+            delta_kernel_(conv, layer_matrix(conv.out_channels, conv.in_channels, generator))
+        return None
+    colors = torch.eye(first.in_channels, dtype=torch.float64, device="cpu")
+    u, span = carry(first.out_channels // 2, per_pixel(colors, pixels_of(first)), generator)
+    patch_kernel_(first, [torch.cat([part, -part]) for part in u.chunk(pixels_of(first), dim=1)])
+    for conv in others:
+        u, span = carry(conv.out_channels // 2, per_pixel(span, pixels_of(conv)), generator)
+        patch_kernel_(conv, [looks_linear(part) for part in u.chunk(pixels_of(conv), dim=1)])
+    return span
+
+
+def _write_block(block: Block, alpha: float, generator: Rng, rotated: int | None, span: Tensor | None) -> Tensor | None:
+    """`span` is the subspace that the signal of an image spans, None without patches; returns that behind the block."""
     channels, width = block.convs[0].in_channels, block.convs[0].out_channels
     if block.skip is not None:
         widths = [channels] + [conv.out_channels for conv in block.convs]
-        matrices, skip = projection_block(widths, alpha, generator)
+        m = None
+        if span is not None:
+            m, span = carry(widths[-1] // 2, span, generator)
+        matrices, skip = projection_block(widths, alpha, generator, m)
         delta_kernel_(block.skip, skip)
     elif len(block.convs) == 2:
         matrices = identity_basic_block(channels, alpha, generator, rotated)
     else:
         matrices = identity_bottleneck_block(channels, width, alpha, generator, rotated)
+    if span is not None and block.skip is None:
+        span = block_signal(matrices, alpha) @ span
     for conv, matrix in zip(block.convs, matrices, strict=True):
         delta_kernel_(conv, matrix)
+    _write_scalars(block, alpha)
+    return span
+
+
+def _write_strided_block(block: Block, alpha: float, generator: Rng, span: Tensor) -> Tensor:
+    """The skip carries the first pixel of the patch, the branch the others, into what the skip leaves free."""
+    matrix, kept = carry(block.skip.out_channels // 2, span, generator)
+    delta_kernel_(block.skip, looks_linear(matrix))
+    free = complement(kept)
+    for conv in block.convs:
+        last = conv is block.convs[-1]
+        pixels = max(1, pixels_of(conv) - 1)
+        u, span = carry(free.shape[1] if last else conv.out_channels // 2, per_pixel(span, pixels), generator)
+        if last:
+            u, span = free @ u / (alpha or 1), free @ span
+        patch_kernel_(conv, [looks_linear(part) for part in u.chunk(pixels, dim=1)])
+    _write_scalars(block, alpha)
+    return torch.cat([kept, span], dim=1) if alpha else kept
+
+
+def _write_scalars(block: Block, alpha: float) -> None:
     if block.gain is not None:
         block.gain.fill_(alpha)
     if block.biases is not None:

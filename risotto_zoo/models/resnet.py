@@ -35,6 +35,7 @@ class RisottoResNet(timm_resnet.ResNet):
             loading a checkpoint.
         alpha: Weight of every residual branch at the start; the scheme's own (1, or 0 for SkipInit and ReZero) if None.
         rotated_pairs: RISOTTO alone: how many pairs of channels a block with an identity skip rotates; all if None.
+        patches: RISOTTO alone: strided layers read every pixel, not one of each s x s.
         seed: Seed of the initialization; the global generator is used if None.
 
     Raises:
@@ -58,6 +59,7 @@ class RisottoResNet(timm_resnet.ResNet):
         init: str | None = "risotto",
         alpha: float | None = None,
         rotated_pairs: int | None = None,
+        patches: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -79,10 +81,11 @@ class RisottoResNet(timm_resnet.ResNet):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        if rotated_pairs is not None and init not in ("risotto", None):
-            raise ValueError(f"rotated_pairs is of init='risotto', not of {init!r}; leave it out")
+        for key, given in (("rotated_pairs", rotated_pairs is not None), ("patches", patches)):
+            if given and init not in ("risotto", None):
+                raise ValueError(f"{key} is of init='risotto', not of {init!r}; leave it out")
         self.init, self.alpha_init, self.seed = init, alpha, seed
-        self.rotated_pairs = rotated_pairs
+        self.rotated_pairs, self.patches = rotated_pairs, patches
 
         # Parameters are allocated once and written once: everything is built without storage, then initialized.
         # Modules are registered in the order of the forward pass, which timm's feature extraction relies on.
@@ -140,7 +143,7 @@ class RisottoResNet(timm_resnet.ResNet):
         if self.conv1.weight.is_meta or self.init is None:
             return
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        more = {} if self.rotated_pairs is None else {"rotated_pairs": self.rotated_pairs}
+        more = {"rotated_pairs": self.rotated_pairs, "patches": self.patches} if self.init == "risotto" else {}
         SCHEMES[self.init](self, self.alpha_init, generator, **more)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
