@@ -117,7 +117,7 @@ class BlockSignal:
 
 
 @torch.no_grad()
-def signal_by_block(model: nn.Module, images: Tensor, sampled: bool = True) -> list[BlockSignal]:
+def signal_by_block(model: nn.Module, images: Tensor, whole_maps: bool = False) -> list[BlockSignal]:
     """Norm and cosine similarity after every residual block, at the pixels that reach the last map.
 
     Strides sample pixels; comparing depths is fair only on the pixels that all of them see, so every map is read at
@@ -126,7 +126,8 @@ def signal_by_block(model: nn.Module, images: Tensor, sampled: bool = True) -> l
     Args:
         model: A ResNet with stages `layer1`, `layer2`, ...
         images: Two or more images, shape (B, C, H, W).
-        sampled: False reads whole maps, which is fair for a start with `patches`, whose strides drop no pixel.
+        whole_maps: Read every map as it is: for a start with `patches`, whose strides drop no pixel. The norm then
+            falls where channels have no room for all of a patch.
     Raises:
         ValueError: If fewer than two images are given, or the net has no such stages.
     """
@@ -149,7 +150,7 @@ def signal_by_block(model: nn.Module, images: Tensor, sampled: bool = True) -> l
     results = []
     for name, full in maps.items():
         rows, cols = (1 << (-(-side // end) - 1).bit_length() for side, end in zip(full.shape[2:], last, strict=True))
-        if sampled:
+        if not whole_maps:
             full = full[..., ::rows, ::cols]  # the power of two between the two sizes
         full = full.double().cpu()
         signals = signal(full).flatten(1)

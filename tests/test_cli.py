@@ -36,7 +36,9 @@ def test_inspect_prints_isometry_and_draws_it(command, tmp_path):
     patches = command(cli.main, "inspect", "risotto_resnet20", "--patches", "--output", tmp_path / "p.png")
     assert float(re.search(r"largest distance from 1: (\S+)", patches.out)[1]) < 1e-5
     ranks = [int(re.search(r"singular values: (\d+) from", result.out)[1]) for result in (result, patches)]
-    assert ranks == [3 * 16, 32 * 16]
+    assert ranks == [3 * 16, 32 * 16] and "init=risotto, patches, 3x16x16 images" in patches.out
+    norms = [float(re.search(r"layer1\.0 +(\S+)", found.out)[1]) for found in (result, patches)]
+    assert norms[1] == pytest.approx((3 * 16 * 16) ** 0.5, rel=0.1) and norms[0] < norms[1] / 2  # one pixel of 16
     he = command(cli.main, "inspect", "risotto_resnet20", "--init", "he", "--output", tmp_path / "b.png")
     assert float(re.search(r"largest distance from 1: (\S+)", he.out)[1]) > 10
 

@@ -10,6 +10,8 @@ import torchvision
 from torch import nn
 
 from risotto_zoo.initializers import he_, risotto_, risotto_head_
+from risotto_zoo.initializers.matrices import semi_orthogonal
+from risotto_zoo.initializers.patches import isometric_on
 from risotto_zoo.initializers.risotto import identity_basic_block
 from risotto_zoo.isometry import probed_singular_values, signal, signal_by_block, signal_map, singular_values
 from risotto_zoo.models import BasicBlock, Bottleneck, RisottoResNet
@@ -180,17 +182,17 @@ def test_a_max_pool_is_let_through_and_is_no_isometry():
     assert values.max() > 2
 
 
-def without_eps_and_pool(model):
+def without_eps(model):
     """In evaluation mode fresh batch norm divides by sqrt(1 + eps); without eps it is the identity."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = 0.0
-    model.maxpool = nn.Identity()  # a max pool is no isometry
-    return model.double().eval()
+    return model
 
 
 def effective_spectrum(model, image):
-    values = singular_values(signal_map(without_eps_and_pool(model)), image)
+    model.maxpool = nn.Identity()  # a max pool is no isometry
+    values = singular_values(signal_map(without_eps(model).double().eval()), image)
     return values[values > 1e-8]
 
 
@@ -372,7 +374,7 @@ def test_patches_lose_nothing_of_an_image_where_there_is_room():
     torch.testing.assert_close(signals @ signals.T, images.flatten(1) @ images.flatten(1).T, rtol=1e-8, atol=1e-8)
     sampled = timm.create_model("risotto_resnet18_cifar", seed=0, dtype=torch.float64).eval()
     assert (signal_map(sampled)(images).norm(dim=1) < 0.2 * images.flatten(1).norm(dim=1)).all()
-    blocks = signal_by_block(model, images, sampled=False)
+    blocks = signal_by_block(model, images, whole_maps=True)
     for block in blocks:
         assert block.norm == pytest.approx(images.square().sum(dim=(1, 2, 3)).mean().sqrt().item(), rel=1e-10)
         assert block.similarity == pytest.approx(blocks[0].similarity, abs=1e-10)
@@ -405,10 +407,48 @@ def test_many_blocks_with_patches_are_isometric():
         assert_patches_are_isometric(model, image, 8, 1e-9)
 
 
-def test_an_alpha_of_zero_leaves_the_skips_pixels():
-    model = timm.create_model("risotto_resnet20_c", seed=0, alpha=0.0, patches=True, dtype=torch.float64)
-    image = torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    assert_patches_are_isometric(model, image, 3 * 4, 1e-10)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output_stride": 2},  # dilated where it does not stride
+        {"channels": (8, 16, 6), "skip": "projection"},  # narrower than what a patch holds
+        {"channels": (8, 16, 6), "skip": "projection", "alpha": 0.0},
+    ],
+)
+def test_patches_of_unusual_shapes_are_isometric(options):
+    options = {"channels": (8, 16, 32), "num_classes": 2, "seed": 0, **options}
+    model = RisottoResNet(BasicBlock, (2, 2, 2), stem="cifar", patches=True, dtype=torch.float64, **options)
+    image = torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    rank = 16 * 8 if "output_stride" in options else 4 * 3
+    assert_patches_are_isometric(model, image, rank, 1e-10)
+
+
+@pytest.mark.parametrize("stride", [(2, 1), (1, 2)])
+def test_patches_need_not_be_square_and_biases_are_zeroed(stride):
+    model = RisottoResNet(BasicBlock, (1, 1), (8, 16), stem="cifar", num_classes=2, dtype=torch.float64)
+    for conv in (model.layer2[0].conv1, model.layer2[0].downsample[0]):
+        conv.stride = stride
+    for conv in model.modules():
+        if isinstance(conv, nn.Conv2d) and conv.bias is not None:
+            conv.bias.data.fill_(1.0)
+    risotto_(model, generator=torch.Generator().manual_seed(0), patches=True)
+    image = torch.randn(3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert_patches_are_isometric(model, image, 3 * 16, 1e-10)
+    assert not any(conv.bias.any() for conv in model.modules() if isinstance(conv, nn.Conv2d) and conv.bias is not None)
+
+
+def test_a_matrix_is_semi_orthogonal_and_isometric_on_its_subspace():
+    generator = torch.Generator().manual_seed(0)
+    span = semi_orthogonal(12, 3, generator)
+    for outputs in (2, 3, 8, 12, 20):
+        matrix, image = isometric_on(span, outputs, generator)
+        gram = matrix @ matrix.T if outputs <= 12 else matrix.T @ matrix
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=torch.float64), atol=1e-12, rtol=0)
+        assert image.shape == (outputs, min(3, outputs))
+        if outputs < 3:
+            torch.testing.assert_close(matrix @ span @ span.T, matrix, atol=1e-12, rtol=0)
+        else:
+            torch.testing.assert_close(matrix @ span, image, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -419,33 +459,64 @@ def test_an_alpha_of_zero_leaves_the_skips_pixels():
         lambda: torchvision.models.resnet50(weights=None),
     ],
 )
-def test_patches_of_plain_resnets_are_isometric_up_to_the_pool(make):
-    model = risotto_(make(), generator=torch.Generator().manual_seed(0), patches=True)
-    image = torch.randn(3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    values = probed_singular_values(signal_map(without_eps_and_pool(model)), image, 16)
+def test_patches_of_plain_resnets_are_isometric_without_their_pool_and_behind_it(make):
+    seed = torch.Generator()
+    behind = risotto_(without_eps(make()), generator=seed.manual_seed(0), patches=True).double().eval()
+    stages = nn.Sequential(behind.layer1, behind.layer2, behind.layer3, behind.layer4)
+    z = torch.randn(32, 8, 8, dtype=torch.float64, generator=seed.manual_seed(1))
+    pairs = lambda z: torch.cat([z, -z], dim=1).relu()  # noqa: E731
+    values = probed_singular_values(lambda z: signal(stages(pairs(z))).flatten(1), z, 16)
+    torch.testing.assert_close(values, torch.ones(16, dtype=torch.float64), atol=1e-5, rtol=0)
+
+    model = without_eps(make())
+    model.maxpool = nn.Identity()
+    risotto_(model, generator=seed.manual_seed(0), patches=True)
+    image = torch.randn(3, 16, 16, dtype=torch.float64, generator=seed.manual_seed(1))
+    values = probed_singular_values(signal_map(model.double().eval()), image, 16)
     torch.testing.assert_close(values, torch.ones(16, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
-def test_patches_that_no_kernel_covers_are_refused():
-    model = timm.create_model("risotto_resnet18")
+def _replace(parent, name, **changes):
+    old = getattr(parent, name)
+    keys = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    setattr(parent, name, nn.Conv2d(**{**{key: getattr(old, key) for key in keys}, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "reason"),
+    [
+        (lambda net: net, {"conv1": {"kernel_size": 1, "padding": 0}}, "layer 1 of the stem: .* a 1x1 kernel"),
+        (lambda net: net.layer2[0], {"conv1": {"kernel_size": 2}}, "layer2.0.conv1: .* a 2x2 kernel"),
+        (lambda net: net.layer2[0], {"conv1": {"dilation": 2, "padding": 2}}, "layer2.0.conv1: .* strided and dilated"),
+        (
+            lambda net: net.layer2[0],
+            {"conv1": {"kernel_size": (3, 1), "padding": (1, 0)}},
+            "layer2.0.conv1: patches do not fit: a 3x1 kernel does not cover the 2x2",
+        ),
+        (
+            lambda net: net.layer2[0],
+            {"conv1": {"stride": (2, 1)}, "conv2": {"stride": (1, 2)}},
+            "layer2.0: patches need the stride of a block in one",
+        ),
+    ],
+)
+def test_patches_that_no_kernel_covers_are_refused(part, changes, reason):
+    model = timm.create_model("resnet18")
+    for name, change in changes.items():
+        _replace(part(model), name, **change)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for change, reason in (({"stride": (4, 4)}, "3x3 kernel does not cover 4x4"), ({"dilation": (2, 2)}, "3x3 kernel")):
-        conv = model.layer2[0].conv1
-        kept = {key: getattr(conv, key) for key in ("stride", "dilation", "padding")}
-        for key, value in change.items():
-            setattr(conv, key, value)
-        if "dilation" in change:
-            conv.padding = (2, 2)
-        else:
-            model.layer2[0].downsample[0].stride = (4, 4)
-        with pytest.raises(ValueError, match=f"layer2.0.conv1: patches do not fit: its {reason}"):
-            risotto_(model, patches=True)
-        for key, value in kept.items():
-            setattr(conv, key, value)
-        model.layer2[0].downsample[0].stride = (2, 2)
+    with pytest.raises(ValueError, match=reason):
+        risotto_(model, patches=True)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"layer2\.0: alpha=1e-05 .*float16 cannot hold"):
-        timm.create_model("risotto_resnet20_c", dtype=torch.float16, alpha=1e-5, patches=True)
+
+
+def test_impossible_patches_are_refused():
+    for patches in (1, "no", None):
+        with pytest.raises(ValueError, match="not True or False"):
+            risotto_(timm.create_model("risotto_resnet20"), patches=patches)
+    with pytest.raises(ValueError, match=r"layer2\.0: alpha=1e-06 .*float16 cannot hold"):
+        timm.create_model("risotto_resnet20_c", dtype=torch.float16, alpha=1e-6, patches=True)
+    timm.create_model("risotto_resnet20_c", dtype=torch.float16, alpha=1e-6)
 
 
 def test_the_default_device_does_not_matter():

@@ -6,7 +6,6 @@ stale is an error.
 """
 
 import argparse
-import io
 import json
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from risotto_zoo.files import sha256, write_atomically
 from risotto_zoo.hub import DEFAULT_ORGANIZATION, PACKAGE
 
 from .recipe import Recipe, load_recipe
-from .run_folder import version_of
+from .run_folder import png, version_of
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
@@ -393,9 +392,7 @@ def finetune_figure(finetunes: list[dict[str, Any]]) -> bytes:
         axes.set(xlabel="epoch", ylabel="top-1 (%)", title=f"{Path(sides['tuned']['data']).name}")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _subset(result: dict[str, Any], recipe: Recipe) -> str:

@@ -45,6 +45,7 @@ from .distributed import World, choose_device, compiling
 from .export import SUFFIXES, load_exported
 from .pipelines import EVAL_BATCH, eval_batch, open_dataset, streamed_batches, validation_batches, validation_set
 from .recipe import Data, load_recipe
+from .run_folder import png
 
 Net = Callable[[Tensor], Tensor]
 DAMAGED_AT_ONCE = 1000
@@ -381,9 +382,7 @@ def _draw(folder: Path, name: str, outcomes: Outcomes, classes: list[str]) -> No
         ("calibration", reliability_diagram(outcomes)),
         ("confusion", confusion_matrix(outcomes, classes)),
     ):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=120)
-        _write(folder / f"{stem}-{kind}.png", buffer.getvalue())
+        _write(folder / f"{stem}-{kind}.png", png(figure))
 
 
 def reliability_diagram(outcomes: Outcomes) -> Figure:

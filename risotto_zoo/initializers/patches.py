@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from .matrices import semi_orthogonal
+from .structure import ResNetStructure
 
 Rng = torch.Generator | None
 
 
-def carry(outputs: int, span: Tensor, generator: Rng = None) -> tuple[Tensor, Tensor]:
+def isometric_on(span: Tensor, outputs: int, generator: Rng = None) -> tuple[Tensor, Tensor]:
     """A random semi-orthogonal matrix that keeps what it can of a subspace.
 
     Args:
-        outputs: Rows of the matrix.
         span: The subspace: orthonormal columns, shape (inputs, d), float64.
+        outputs: Rows of the matrix.
     Returns:
         The matrix, shape (outputs, inputs): isometric on the subspace where it has room for all d dimensions, else with
         orthonormal rows from within it. And the subspace that comes out, shape (outputs, min(d, outputs)).
@@ -27,15 +28,18 @@ def carry(outputs: int, span: Tensor, generator: Rng = None) -> tuple[Tensor, Te
     inputs, d = span.shape
     if outputs < d:
         return semi_orthogonal(outputs, d, generator) @ span.T, torch.eye(outputs, device="cpu").to(span)
-    others = complement(span) @ semi_orthogonal(inputs - d, min(inputs, outputs) - d, generator)
+    others = orthogonal_to(span, min(inputs, outputs) - d, generator)
     read = torch.cat([span, others], dim=1)
     mixed = semi_orthogonal(outputs, read.shape[1], generator)
     return mixed @ read.T, mixed[:, :d]  # not the matrix times the span: rounding errors would double at every layer
 
 
-def complement(span: Tensor) -> Tensor:
-    """Orthonormal columns for all that is orthogonal to orthonormal columns: shape (n, d) to (n, n - d)."""
-    return torch.linalg.qr(span, mode="complete").Q[:, span.shape[1] :]
+def orthogonal_to(span: Tensor, count: int, generator: Rng = None) -> Tensor:
+    """So many random orthonormal columns that are orthogonal to those of `span`: shape (n, d) to (n, count)."""
+    columns = torch.randn(len(span), count, dtype=span.dtype, device="cpu", generator=generator)
+    for _ in range(2):  # rounding leaves a little of the span in the first
+        columns = torch.linalg.qr(columns - span @ (span.T @ columns)).Q
+    return columns
 
 
 def per_pixel(span: Tensor, pixels: int) -> Tensor:
@@ -53,23 +57,36 @@ def block_signal(matrices: list[Tensor], alpha: float) -> Tensor:
     return plus - minus
 
 
-def pixels_of(conv: nn.Conv2d) -> int:
+def pixels_per_step(conv: nn.Conv2d) -> int:
     """Pixels of the patch that each output of a strided layer stands for; 1 without a stride."""
     return conv.stride[0] * conv.stride[1]
 
 
-def check_patch(name: str, conv: nn.Conv2d) -> None:
-    """Refuse a strided layer whose kernel has no taps for its patch.
+def check_patches(structure: ResNetStructure) -> None:
+    """Refuse strided layers whose kernels cannot read their patches.
 
     Raises:
-        ValueError: If the patch is larger than the kernel from its centre on, or the layer is dilated.
+        ValueError: If a patch is larger than the kernel from its centre on, its layer is dilated, or the stride of a
+            block is spread over several layers; the message names the layer.
     """
-    if pixels_of(conv) == 1:
+    for layer, conv in enumerate(structure.stem):
+        _check_patch(f"layer {layer + 1} of the stem", conv)
+    for block in structure.blocks:
+        for layer, conv in enumerate(block.convs):
+            _check_patch(f"{block.name}.conv{layer + 1}", conv)
+        if block.skip is not None and all(conv.stride != block.skip.stride for conv in block.convs):
+            raise ValueError(f"{block.name}: patches need the stride of a block in one of its convolutions")
+
+
+def _check_patch(name: str, conv: nn.Conv2d) -> None:
+    if pixels_per_step(conv) == 1:
         return
+    if tuple(conv.dilation) != (1, 1):
+        raise ValueError(f"{name}: patches do not go with a layer that is both strided and dilated")
     room = tuple(k - k // 2 for k in conv.kernel_size)
-    if tuple(conv.dilation) != (1, 1) or any(s > r for s, r in zip(conv.stride, room, strict=True)):
+    if any(s > r for s, r in zip(conv.stride, room, strict=True)):
         kernel, stride = ("x".join(map(str, size)) for size in (conv.kernel_size, conv.stride))
-        raise ValueError(f"{name}: patches do not fit: its {kernel} kernel does not cover {stride} pixels a step")
+        raise ValueError(f"{name}: patches do not fit: a {kernel} kernel does not cover the {stride} pixels of a step")
 
 
 @torch.no_grad()

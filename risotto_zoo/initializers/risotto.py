@@ -17,7 +17,15 @@ from .matrices import (
     signed_permutation,
     signed_selection,
 )
-from .patches import block_signal, carry, check_patch, complement, patch_kernel_, per_pixel, pixels_of
+from .patches import (
+    block_signal,
+    check_patches,
+    isometric_on,
+    orthogonal_to,
+    patch_kernel_,
+    per_pixel,
+    pixels_per_step,
+)
 from .structure import Block, ResNetStructure, check_arguments, resnet_structure
 
 Rng = torch.Generator | None
@@ -157,10 +165,11 @@ def risotto_(
             that its branch is wide enough for if None. Fewer make branches of smaller kernels, and so steps of training
             that change a deep net less, at the same isometry. Blocks with a projection skip rotate all.
         patches: Whether strided layers read the whole patch of pixels that each of their outputs stands for, and not
-            its first pixel alone. The map is then isometric from all pixels where the channels have room for them
-            (`risotto_resnet18_cifar`: everywhere), and keeps as many dimensions as there is room for elsewhere; its
-            non-zero singular values are 1 for images whose sides all strides divide. In a strided block the skip
-            carries the first pixel, the branch the others, into what the skip leaves free.
+            its first pixel alone. In a strided block the skip carries the first pixel, the branch the others, into what
+            the skip leaves free. The map then keeps as many dimensions of an image as the widths of skips and branches
+            let through (`risotto_resnet18_cifar` and `risotto_resnet50_cifar`: all). Its non-zero singular values are 1
+            for images whose sides are multiples of the total stride, at other sizes some are between 0 and 1. With a
+            max pool, that holds of what is behind it.
     Returns:
         The same model.
     Raises:
@@ -174,12 +183,12 @@ def risotto_(
     check_arguments(structure, alpha, generator)
     if rotated_pairs is not None and (type(rotated_pairs) is not int or rotated_pairs < 1):
         raise ValueError(f"rotated_pairs is {rotated_pairs!r}, not a number of pairs from 1")
+    if type(patches) is not bool:
+        raise ValueError(f"patches is {patches!r}, not True or False")
     for block in structure.blocks:
         _check_block(block, alpha, patches)
     if patches:
-        for name, module in model.named_modules():
-            if any(module is conv for conv in [*structure.stem, *(c for b in structure.blocks for c in b.convs)]):
-                check_patch(name, module)
+        check_patches(structure)
     else:
         _check_widths(model, structure)
     features = structure.blocks[-1].convs[-1].out_channels
@@ -189,8 +198,10 @@ def risotto_(
     for norm in structure.norms:
         norm.reset_parameters()
     span = _write_stem(structure.stem, generator, patches)
+    if patches and any(isinstance(module, nn.MaxPool2d) for module in model.modules()):
+        span = torch.eye(len(span), device="cpu").to(span)  # a pool does not keep to a subspace
     for block in structure.blocks:
-        if span is not None and block.skip is not None and pixels_of(block.skip) > 1:
+        if span is not None and block.skip is not None and pixels_per_step(block.skip) > 1:
             span = _write_strided_block(block, alpha, generator, span)
         else:
             span = _write_block(block, alpha, generator, rotated_pairs, span)
@@ -244,7 +255,7 @@ def _check_head(head: nn.Linear, features: int) -> None:
 def _check_block(block: Block, alpha: float, patches: bool) -> None:
     if block.skip is None and alpha == 0:
         raise ValueError(f"{block.name}: alpha=0 with an identity skip leaves no branch to make the map orthogonal")
-    divides = block.skip is None or (patches and pixels_of(block.skip) > 1 and alpha != 0)
+    divides = block.skip is None or (patches and pixels_per_step(block.skip) > 1 and alpha != 0)
     dtype = block.convs[-1].weight.dtype
     if divides and 2 / abs(alpha) > torch.finfo(dtype).max:  # the largest weight that LL(M) - I over alpha can have
         raise ValueError(f"{block.name}: alpha={alpha} makes weights of the branch that {dtype} cannot hold")
@@ -266,11 +277,17 @@ def _write_stem(convs: list[nn.Conv2d], generator: Rng, patches: bool) -> Tensor
             delta_kernel_(conv, layer_matrix(conv.out_channels, conv.in_channels, generator))
         return None
     colors = torch.eye(first.in_channels, dtype=torch.float64, device="cpu")
-    u, span = carry(first.out_channels // 2, per_pixel(colors, pixels_of(first)), generator)
-    patch_kernel_(first, [torch.cat([part, -part]) for part in u.chunk(pixels_of(first), dim=1)])
+    pixels = pixels_per_step(first)
+    u, span = isometric_on(per_pixel(colors, pixels), first.out_channels // 2, generator)
+    patch_kernel_(first, [torch.cat([part, -part]) for part in u.chunk(pixels, dim=1)])
     for conv in others:
-        u, span = carry(conv.out_channels // 2, per_pixel(span, pixels_of(conv)), generator)
-        patch_kernel_(conv, [looks_linear(part) for part in u.chunk(pixels_of(conv), dim=1)])
+        span = _write_patch_layer(conv, span, pixels_per_step(conv), generator)
+    return span
+
+
+def _write_patch_layer(conv: nn.Conv2d, span: Tensor, pixels: int, generator: Rng) -> Tensor:
+    u, span = isometric_on(per_pixel(span, pixels), conv.out_channels // 2, generator)
+    patch_kernel_(conv, [looks_linear(part) for part in u.chunk(pixels, dim=1)])
     return span
 
 
@@ -281,7 +298,7 @@ def _write_block(block: Block, alpha: float, generator: Rng, rotated: int | None
         widths = [channels] + [conv.out_channels for conv in block.convs]
         m = None
         if span is not None:
-            m, span = carry(widths[-1] // 2, span, generator)
+            m, span = isometric_on(span, widths[-1] // 2, generator)
         matrices, skip = projection_block(widths, alpha, generator, m)
         delta_kernel_(block.skip, skip)
     elif len(block.convs) == 2:
@@ -298,18 +315,17 @@ def _write_block(block: Block, alpha: float, generator: Rng, rotated: int | None
 
 def _write_strided_block(block: Block, alpha: float, generator: Rng, span: Tensor) -> Tensor:
     """The skip carries the first pixel of the patch, the branch the others, into what the skip leaves free."""
-    matrix, kept = carry(block.skip.out_channels // 2, span, generator)
+    matrix, kept = isometric_on(span, block.skip.out_channels // 2, generator)
     delta_kernel_(block.skip, looks_linear(matrix))
-    free = complement(kept)
-    for conv in block.convs:
-        last = conv is block.convs[-1]
-        pixels = max(1, pixels_of(conv) - 1)
-        u, span = carry(free.shape[1] if last else conv.out_channels // 2, per_pixel(span, pixels), generator)
-        if last:
-            u, span = free @ u / (alpha or 1), free @ span
-        patch_kernel_(conv, [looks_linear(part) for part in u.chunk(pixels, dim=1)])
+    *inner, last = block.convs
+    for conv in inner:
+        span = _write_patch_layer(conv, span, max(1, pixels_per_step(conv) - 1), generator)
+    pixels = max(1, pixels_per_step(last) - 1)
+    free = orthogonal_to(kept, len(kept) - kept.shape[1], generator)
+    u, span = isometric_on(per_pixel(span, pixels), free.shape[1], generator)
+    patch_kernel_(last, [looks_linear(free @ part / (alpha or 1)) for part in u.chunk(pixels, dim=1)])
     _write_scalars(block, alpha)
-    return torch.cat([kept, span], dim=1) if alpha else kept
+    return torch.cat([kept, free @ span], dim=1) if alpha else kept
 
 
 def _write_scalars(block: Block, alpha: float) -> None:
