@@ -361,9 +361,18 @@ def test_every_model_with_patches_is_isometric_from_more_than_a_sample_of_the_pi
         assert_patches_are_isometric(model, image, 32, tolerance)
     elif "18_cifar" in name:
         assert_patches_are_isometric(model, image, 3 * 8 * 8, tolerance)  # all pixels
+    elif name == "risotto_resnet18":
+        assert_patches_are_isometric(model, image, 256, tolerance)  # all pairs of the last map
     else:  # more values than can be had in seconds
         values = probed_singular_values(signal_map(model.eval()), image, 8)
         torch.testing.assert_close(values, torch.ones(8, dtype=dtype), atol=tolerance, rtol=0)
+
+
+@pytest.mark.slow
+def test_bottlenecks_keep_as_many_dimensions_as_the_readme_says():
+    model = timm.create_model("risotto_resnet50", seed=0, dtype=torch.float64, patches=True)
+    image = torch.randn(3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert_patches_are_isometric(model, image, 480, 1e-10)
 
 
 def test_patches_lose_nothing_of_an_image_where_there_is_room():
