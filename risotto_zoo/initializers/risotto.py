@@ -174,7 +174,7 @@ def risotto_(
         The same model.
     Raises:
         ValueError: If the network cannot be initialized exactly (the message names the module and the reason), or if
-            alpha, the generator or rotated_pairs does not fit. No weight has changed then.
+            alpha, the generator, rotated_pairs or patches does not fit. No weight has changed then.
 
     Source: arXiv 2210.02411 for the method; bottlenecks, rotated_pairs and patches go beyond it (README, "The method").
     """
