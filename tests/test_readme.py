@@ -34,7 +34,8 @@ def sections(page):
 
 SECTIONS = sections(README)
 PROGRAMS = {"train", "evaluate", "release", "publish", "export"}
-TINY = ["epochs=1", "batch_size=40", "warmup_epochs=0", "data.image_size=8", "augment.shift=1"]
+# Not 8 px: bfloat16 on a CPU with AMX reads uninitialized memory for the weights of a strided kernel on maps of 1 px.
+TINY = ["epochs=1", "batch_size=40", "warmup_epochs=0", "data.image_size=32", "augment.shift=1"]
 TINY += ["data.train_size=null", "data.stored_size=null"]
 ELSEWHERE = {  # commands that run somewhere else, and where
     "python3 -m venv": "in CI",
