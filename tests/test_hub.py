@@ -1140,6 +1140,13 @@ def test_release_refuses(run, tmp_path, command):
     assert "damaged" in refused(copy, "--tag", "digits")
 
 
+def test_another_seed_of_a_released_net_is_no_earlier_version():
+    result = cards.releases()["risotto_resnet18.imagenette224"]
+    seed = next(row for row in result["baselines"] if row["differs"] == ["seed"])
+    assert cards._age(seed, result) == ""
+    assert cards._age({**seed, "differs": ["epochs"]}, result) == ", an earlier version"
+
+
 def test_a_card_names_what_a_model_was_tuned_from_and_how_its_baselines_differ(run, folder):
     results = json.loads((folder / "results.json").read_text())
     assert results["baselines"][0]["differs"] == []

@@ -321,6 +321,8 @@ def _results(result: dict[str, Any]) -> str:
 
 def _age(baseline: dict[str, Any], result: dict[str, Any]) -> str:
     """A baseline is as it was when it was compared with; its net may have been released again since."""
+    if baseline.get("differs") == ["seed"]:
+        return ""
     now = releases().get(f"{baseline['model']}.{result['name'].partition('.')[2]}") if result["in_zoo"] else None
     return "" if now is None or now["evaluation"] == baseline["evaluation"] else ", an earlier version"
 
