@@ -1091,18 +1091,24 @@ def test_a_release_whose_last_renaming_fails_leaves_the_one_before(run, tmp_path
     (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
     (tmp_path / "risotto_zoo").mkdir()
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    folder = release.release(run, "digits", [])
-    assert (folder / WEIGHTS).is_symlink()
 
     def held():
         return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and ".git" not in path.parts}
 
+    def fails_at_the_last(**options):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EACCES, "no")))
+            with pytest.raises(UserError, match="could not be written"):
+                release.release(run, "digits", [], **options)
+
+    nothing = held()
+    fails_at_the_last()  # the first release of all
+    assert held() == nothing and not list((tmp_path / "model_cards").iterdir())
+    folder = release.release(run, "digits", [])
+    assert (folder / WEIGHTS).is_symlink()
     before = held()
     results = json.loads((folder / "results.json").read_text())
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EACCES, "no")))
-        with pytest.raises(UserError, match="could not be written"):
-            release.release(run, "digits", [], half=True)
+    fails_at_the_last(half=True)
     assert held() == before and publish.check(folder) == results
     # One outside the zoo leaves the zoo's weights alone.
     release.release(run, "digits", [], tmp_path / "elsewhere", half=True)

@@ -278,6 +278,8 @@ def test_a_head_is_adapted_as_timms_scripts_ask_for_it(options, tmp_path):
         ({"layers": (1, 1), "channels": (16, 32, 64)}, "one to four"),
         ({"layers": (1,), "channels": (16,)}, "two blocks"),
         ({"pretrained": True, "init": "risoto"}, "did you mean 'risotto'"),
+        ({"pretrained": True, "rotated_pairs": 0}, "rotated_pairs is 0"),
+        ({"pretrained": True, "patches": "no"}, "patches is 'no', not True or False"),
     ],
 )
 def test_wrong_options_say_what_is_right(options, message):

@@ -321,8 +321,9 @@ def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, byte
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
     finally:
-        if old.exists() and (staged.exists() or not folder.exists()):  # not all of the renames were done
+        if staged.exists() and not new.exists():  # all of the renames were done but the last
             shutil.rmtree(folder, ignore_errors=True)
+        if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
         staged.unlink(missing_ok=True)

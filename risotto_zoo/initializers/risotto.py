@@ -181,10 +181,7 @@ def risotto_(
     structure = resnet_structure(model)
     alpha = 1.0 if alpha is None else alpha
     check_arguments(structure, alpha, generator)
-    if rotated_pairs is not None and (type(rotated_pairs) is not int or rotated_pairs < 1):
-        raise ValueError(f"rotated_pairs is {rotated_pairs!r}, not a number of pairs from 1")
-    if type(patches) is not bool:
-        raise ValueError(f"patches is {patches!r}, not True or False")
+    check_options(rotated_pairs, patches)
     for block in structure.blocks:
         _check_block(block, alpha, patches)
     if patches:
@@ -228,6 +225,18 @@ def risotto_head_(head: nn.Linear, features: int, generator: torch.Generator | N
     head.weight.copy_(head_matrix(head.out_features, head.in_features, pools, generator))
     if head.bias is not None:
         head.bias.zero_()
+
+
+def check_options(rotated_pairs: int | None, patches: bool) -> None:
+    """Refuse values that `risotto_` can do nothing with for any net.
+
+    Raises:
+        ValueError: If rotated_pairs is no whole number from 1 or None, or patches no bool.
+    """
+    if rotated_pairs is not None and (type(rotated_pairs) is not int or rotated_pairs < 1):
+        raise ValueError(f"rotated_pairs is {rotated_pairs!r}, not a number of pairs from 1")
+    if type(patches) is not bool:
+        raise ValueError(f"patches is {patches!r}, not True or False")
 
 
 def _check_widths(model: nn.Module, structure: ResNetStructure) -> None:

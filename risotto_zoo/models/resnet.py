@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from risotto_zoo.errors import did_you_mean
 from risotto_zoo.initializers import SCHEMES, risotto_head_
+from risotto_zoo.initializers.risotto import check_options
 
 from .blocks import BasicBlock, Bottleneck
 
@@ -74,6 +75,7 @@ class RisottoResNet(timm_resnet.ResNet):
                 raise ValueError(f"{key} is {rate!r}, not a number from 0 to below 1")
         if alpha is not None and not isinstance(alpha, numbers.Real):
             raise ValueError(f"alpha is {alpha!r}, not a number")
+        check_options(rotated_pairs, patches)
         check_choice("output_stride", output_stride, (8, 16, 32) if stem == "imagenet" else (1, 2, 4, 8, 16, 32))
         if not 0 < len(layers) == len(channels) <= 4 or sum(layers) < 2:
             raise ValueError(f"layers {tuple(layers)}, channels {tuple(channels)}: one to four, two blocks in all")
