@@ -1,9 +1,13 @@
 """Image sets: every way a data folder can be wrong has its line, and what is right is read exactly."""
 
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import sys
+import time
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -467,6 +471,27 @@ def test_a_decoding_process_that_is_killed_is_one_line(folder, monkeypatch):
     monkeypatch.setattr(image_sets, "ignore_signals", lambda worker: worker or os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(UserError, match=r"decoding .*(killed|unexpectedly).*stream it"):
         load_set(str(folder), True, VIEW)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_a_loader_process_whose_parent_hangs_up_says_nothing(capfd):
+    """A run that ends in one clear line may end while such a process hands it a batch."""
+
+    def worker(sender):
+        image_sets.ignore_signals(0)
+        handle = resource_sharer.DupFd(0)
+        with socket.socket(socket.AF_UNIX) as parent:
+            parent.connect(handle._id[0])
+        sender.send(handle._id[0])
+        time.sleep(0.5)
+
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe()
+    process = fork.Process(target=worker, args=(sender,))
+    process.start()
+    assert receiver.recv()  # it did listen
+    process.join()
+    assert process.exitcode == 0 and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "torch/image_folder"])

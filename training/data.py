@@ -373,9 +373,11 @@ def _decode(
 
 
 def ignore_signals(_worker: int) -> None:
-    """In each loader process: signals are its parent's business, which still needs it."""
+    """In each loader process: signals are its parent's business, which still needs it, and so is its parent's end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # By this hook multiprocessing would print that its parent hung up while it was handed a batch.
+    sys.excepthook = lambda *_: None
 
 
 @atexit.register
