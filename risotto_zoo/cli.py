@@ -158,6 +158,9 @@ def inspect_model(args: argparse.Namespace) -> int:
     for block in _thinned(blocks, 24):
         print(f"{block.name:12} {block.norm:12.5g} {block.similarity:11.6f}")
     output = args.output or Path("-".join([args.name, args.init, *given]) + ".png")
+    if output.is_dir():
+        raise UserError(f"figure {output} is a folder; name a file, such as {output / 'figure.png'}")
+    output = output if output.suffix else output.with_suffix(".png")
     try:
         _plot(values, blocks, what).savefig(output, dpi=120)
     except (OSError, ValueError) as error:

@@ -39,8 +39,9 @@ def test_inspect_prints_isometry_and_draws_it(command, tmp_path):
     assert ranks == [3 * 16, 32 * 16] and "init=risotto, patches, 3x16x16 images" in patches.out
     norms = [float(re.search(r"layer1\.0 +(\S+)", found.out)[1]) for found in (result, patches)]
     assert norms[1] == pytest.approx((3 * 16 * 16) ** 0.5, rel=0.1) and norms[0] < norms[1] / 2  # one pixel of 16
-    he = command(cli.main, "inspect", "risotto_resnet20", "--init", "he", "--output", tmp_path / "b.png")
+    he = command(cli.main, "inspect", "risotto_resnet20", "--init", "he", "--output", tmp_path / "b")
     assert float(re.search(r"largest distance from 1: (\S+)", he.out)[1]) > 10
+    assert f"figure: {tmp_path / 'b.png'}" in he.out and (tmp_path / "b.png").is_file()
 
 
 def test_inspect_an_image_by_probes(command, tmp_path):
@@ -63,6 +64,8 @@ def test_inspect_an_image_by_probes(command, tmp_path):
         (["inspect", "risotto_resnet20", "--rotated-pairs", "0"], "rotated_pairs is 0"),
         (["inspect", "risotto_resnet20", "--image", "nowhere.png"], "the file does not exist"),
         (["inspect", "risotto_resnet20", "--output", "/no/where.png"], "cannot be written"),
+        (["inspect", "risotto_resnet20", "--output", "/"], "figure / is a folder; name a file"),
+        (["inspect", "risotto_resnet20", "--seed", str(2**70)], f"seed is {2**70}, not a whole number"),
         (["inspect", "risotto_resnet110", "--init", "he", "--alpha", "100"], "no finite signal"),
         (["predict", "x.png", "--model", "resnet18.foo"], "Invalid pretrained tag"),
         (["predict", "x.png", "--device", "meta"], "device meta: "),

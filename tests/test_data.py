@@ -109,7 +109,7 @@ STREAMED = ["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}"]
         (["model=deit_tiny_patch16_224"], "deit_tiny_patch16_224 takes images of 224 px alone; set"),
         (["model_args={drop_rate: 2}"], "drop_rate is 2, not a number from 0 to below 1"),
         (["model_args={drop_path_rate: x}"], "drop_path_rate is 'x', not a number"),
-        (["model_args={alpha: small}"], "alpha is 'small', not a number"),
+        (["model_args={alpha: small}"], "alpha is 'small', not a finite number"),
         (["model_args={alpah: 0.1}"], "the net has no argument 'alpah'; did you mean 'alpha'?"),
         ([*STREAMED, "data.loader={re_probe: 1}"], "takes no such argument"),
         ([*STREAMED, "data.loader={auto_augment: foo}"], "data.loader"),

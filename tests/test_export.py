@@ -93,6 +93,9 @@ def test_evaluate_reads_exported_files_and_compares_models(tmp_path, command, ph
     assert len(list(figures.glob("*.png"))) == 4
     result = command(evaluate.main, tmp_path / "model.onnx", "--data", photo_folder, "--image-size", 48)
     assert result.code == 2 and "exported for images of 32 px" in result.err
+    for option in (["--amp", "bfloat16"], ["--compile"]):
+        result = command(evaluate.main, tmp_path / "model.onnx", "--data", photo_folder, *option)
+        assert result.code == 2 and "which runs as it is; leave --amp and --compile out" in result.err
 
 
 def test_what_cannot_be_exported_or_read_is_told(tmp_path, command):

@@ -946,6 +946,16 @@ def test_a_record_is_a_baseline_as_its_run_is(run, tmp_path, monkeypatch, comman
     assert json.loads((both / "results.json").read_text())["baselines"] == [first, second]
 
 
+def test_a_recipe_does_not_say_what_came_of_weights_that_there_are_others_of_since(monkeypatch, tmp_path):
+    name = "cifar10_64_finetune"
+    assert tables.reached(name).startswith("Accuracy: ")
+    record = json.loads((tables.RECORDS / f"{name}.json").read_text())
+    record["results"]["init_revision"] = "v0"
+    (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(tables, "RECORDS", tmp_path)
+    assert tables.reached(name) == "Accuracy and time: has not been run."
+
+
 def test_a_row_of_a_sweep_says_what_was_unusual(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RECORDS", tmp_path)
     tables.add(run, sweep=True)
@@ -1110,6 +1120,11 @@ def test_a_release_whose_last_renaming_fails_leaves_the_one_before(run, tmp_path
     results = json.loads((folder / "results.json").read_text())
     fails_at_the_last(half=True)
     assert held() == before and publish.check(folder) == results
+    # What one that was killed left behind is not taken for this one's own.
+    (tmp_path / "risotto_zoo" / "weights" / f".{folder.name}.safetensors.new").write_bytes(b"half")
+    outside = release.release(run, "digits", [], tmp_path / "outside")
+    assert (outside / WEIGHTS).is_file()
+    shutil.rmtree(outside)
     # One outside the zoo leaves the zoo's weights alone.
     release.release(run, "digits", [], tmp_path / "elsewhere", half=True)
     assert {path: data for path, data in held().items() if (tmp_path / "elsewhere") not in path.parents} == before
@@ -1144,6 +1159,14 @@ def test_release_refuses(run, tmp_path, command):
     (copy / "results.json").write_text(json.dumps(results))
     (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-4])
     assert "damaged" in refused(copy, "--tag", "digits")
+
+
+def test_a_card_counts_the_nets_that_were_tested_without_a_release(monkeypatch, tmp_path):
+    name = "risotto_resnet18.imagenette224"
+    assert set(cards._siblings(name)) == {"risotto_resnet50", "risotto_resnet50_bn"}
+    assert "other nets of this zoo had been tested" in (cards.CARDS / name / "README.md").read_text()
+    monkeypatch.setattr(cards, "RECORDS", tmp_path)
+    assert cards._siblings(name) == []
 
 
 def test_another_seed_of_a_released_net_is_no_earlier_version():

@@ -280,6 +280,10 @@ def test_a_head_is_adapted_as_timms_scripts_ask_for_it(options, tmp_path):
         ({"pretrained": True, "init": "risoto"}, "did you mean 'risotto'"),
         ({"pretrained": True, "rotated_pairs": 0}, "rotated_pairs is 0"),
         ({"pretrained": True, "patches": "no"}, "patches is 'no', not True or False"),
+        ({"pretrained": True, "alpha": float("nan")}, "alpha is nan, not a finite number"),
+        ({"pretrained": True, "init": "he", "patches": True}, "patches is of init='risotto', not of 'he'"),
+        ({"seed": 1.5}, "seed is 1.5, not a whole number"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424, not a whole number"),
     ],
 )
 def test_wrong_options_say_what_is_right(options, message):

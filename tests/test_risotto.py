@@ -34,14 +34,14 @@ def assert_isometric(model, image, tolerance):
 
 
 @pytest.mark.parametrize("name", WITHOUT_NORM)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_every_model_without_norm_is_isometric(name, dtype, tolerance):
-    model = timm.create_model(name, seed=0, dtype=dtype)
+def test_every_model_without_norm_is_isometric(name):
+    model = timm.create_model(name, seed=0, dtype=torch.float64)
     size = model.feature_info[-1]["reduction"] * (2 if model.num_features == 64 else 1)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(2):
-        image = torch.randn(3, size, size, dtype=dtype, generator=generator)
-        assert_isometric(model, image, tolerance)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        for _ in range(2):
+            image = torch.randn(3, size, size, dtype=dtype, generator=generator)
+            assert_isometric(model.to(dtype), image, tolerance)
 
 
 @pytest.mark.parametrize("name", ["risotto_resnet20", "risotto_resnet20_c", "risotto_resnet50_cifar"])
@@ -69,16 +69,23 @@ def test_odd_cases_are_isometric(name, options):
 
 @pytest.mark.parametrize("skip", ["identity", "projection"])
 @pytest.mark.parametrize(("block", "width"), [(BasicBlock, 16), (Bottleneck, 16)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_a_thousand_blocks_are_isometric(skip, block, width, dtype, tolerance):
-    model = RisottoResNet(block, (1000,), (width,), stem="cifar", skip=skip, num_classes=2, seed=0, dtype=dtype)
-    image = torch.randn(3, 2, 2, dtype=dtype, generator=torch.Generator().manual_seed(3))
-    assert_isometric(model, image, tolerance)
+def test_a_thousand_blocks_are_isometric(skip, block, width):
+    model = RisottoResNet(block, (1000,), (width,), stem="cifar", skip=skip, num_classes=2, seed=0, dtype=torch.float64)
+    image = torch.randn(3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        assert_isometric(model.to(dtype), image.to(dtype), tolerance)
 
 
 def test_alpha_zero_keeps_projection_skips_isometric():
     model = timm.create_model("risotto_resnet20_c", seed=0, alpha=0.0, dtype=torch.float64)
     assert_isometric(model, torch.randn(3, 8, 8, dtype=torch.float64), 1e-10)
+
+
+def test_probes_of_a_large_image_do_not_add_rounding_of_their_own():
+    model = timm.create_model("risotto_resnet18", seed=0, patches=True, alpha=0.3, rotated_pairs=1).eval()
+    image = torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(0))
+    values = probed_singular_values(signal_map(model), image, 2)
+    torch.testing.assert_close(values, torch.ones(2), atol=1e-6, rtol=0)
 
 
 def test_probes_agree_with_the_exact_values_and_stay_within_them():
@@ -355,6 +362,10 @@ def test_impossible_alphas_and_generators_are_refused():
         risotto_(model, alpha=0.0)
     with pytest.raises(ValueError, match="not a finite number"):
         risotto_(model, alpha=float("nan"))
+    with pytest.raises(ValueError, match="alpha is 'x', not a finite number"):
+        risotto_(model, alpha="x")
+    with pytest.raises(ValueError, match=r"generator is 3, not a torch\.Generator"):
+        risotto_(model, generator=3)
     for pairs in (0, -1, 0.5, True, "2"):
         with pytest.raises(ValueError, match="not a number of pairs"):
             risotto_(model, rotated_pairs=pairs)

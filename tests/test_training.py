@@ -593,6 +593,14 @@ def test_fine_tuning_takes_weights_and_a_new_head(finished, command, tmp_path, p
         assert torch.equal(tuned[key], value) == frozen or key.startswith("fc")
 
 
+def test_arguments_of_a_start_that_weights_replace_are_told_and_not_recorded(finished, command, tmp_path):
+    options = [*TINY, "--set", "epochs=1", "--set", "warmup_epochs=0", "--init-from", f"local-dir:{finished}"]
+    options += ["--set", "model_args={alpha: 0.3, patches: true}", "--output", tmp_path / "tuned"]
+    result = here(command, "--recipe", "digits", *options)
+    assert result.code == 0 and "model_args: alpha, patches of a start, which the weights of local-dir:" in result.err
+    assert json.loads((tmp_path / "tuned" / "config.json").read_text())["model_args"] == {}
+
+
 def test_a_net_of_timms_own_is_fine_tuned_by_the_shipped_recipe(hub, command, tmp_path, photo_folder):
     source = timm.create_model("test_resnet")
     hub.put("timm/test_resnet.r160_in1k", {"model.safetensors": safetensors.torch.save(source.state_dict())})

@@ -328,10 +328,13 @@ def _age(baseline: dict[str, Any], result: dict[str, Any]) -> str:
 
 
 def _siblings(name: str) -> list[str]:
-    """Releases of other nets trained on the same data; twins are released together, so they do not count."""
+    """Other nets tested on the same data, released or not; twins are trained together, so they do not count."""
     net, _, tag = name.partition(".")
-    others = (other.partition(".") for other in releases())
-    return [one for one, _, other in others if other == tag and one.removesuffix("_bn") != net.removesuffix("_bn")]
+    tested = [release.split(".", 1) for release in releases()]
+    for record in map(read_json, sorted(RECORDS.glob("*.json"))):
+        if not record["recipe"]["data"]["holdout"]:
+            tested.append([record["results"]["model"], Path(record["results"]["data"]).name])
+    return [one for one, other in tested if other == tag and one.removesuffix("_bn") != net.removesuffix("_bn")]
 
 
 def _use(repo_id: str, config: dict[str, Any], result: dict[str, Any]) -> str:

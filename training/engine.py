@@ -24,7 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from risotto_zoo.checkpoints import model_config, save_model
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import Evaluation, evaluate
+from risotto_zoo.hub import MANIFEST
 from risotto_zoo.models import create_model, parse_name, saved_arguments
+from risotto_zoo.models.resnet import OF_THE_START
 
 from . import run_folder
 from .augment import stream
@@ -160,6 +162,9 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
         source, place = parse_name(recipe.init_from)
         if source == "local-dir" and Path(place).resolve() == output.resolve():
             raise UserError(f"the output {output} is what init_from starts from; choose another with --output")
+        if (idle := args.keys() & OF_THE_START) and world.main:
+            say(f"model_args: {', '.join(sorted(idle))} of a start, which the weights of {recipe.init_from} replace")
+        args = {key: value for key, value in args.items() if key not in OF_THE_START}
         model = create_model(recipe.init_from, pretrained=True, **args)
         config = model.pretrained_cfg
     else:
@@ -191,7 +196,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
         model = convert_sync_batchnorm(model)
     model.to(world.device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
     optimizer = build_optimizer(model, recipe, capturable=_graphed(recipe, world))
-    arguments = {**saved_arguments(recipe.init_from), **recipe.model_args}
+    arguments = {**saved_arguments(recipe.init_from), **args}
     return Trainer(
         recipe=recipe,
         output=output,
@@ -569,6 +574,7 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None = 
         "seed": recipe.seed,
         "raw": asdict(result),
         **({"ema": asdict(averaged), "better": better} if averaged is not None else {}),
+        **({"init_revision": MANIFEST[recipe.init_from]["revision"]} if recipe.init_from in MANIFEST else {}),
         "hardware": _hardware(progress),
         "train_seconds": progress.seconds,
         "train_images_per_second": progress.images / max(progress.seconds, 1e-9),

@@ -89,7 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dead", action="store_true", help=f"also count the ReLU channels active at less than {DEAD:.1%}% of positions"
     )
-    parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one; files: cpu)")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--csv", type=Path, help="write one line a model to this file")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw calibration and confusion of each model")
@@ -174,6 +174,8 @@ def load(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Net
         side = exported.view.input_size[1]
         if args.image_size not in (None, side):
             raise UserError(f"{name} was exported for images of {side} px; --image-size cannot change that")
+        if args.amp or args.compile:
+            raise UserError(f"{name} is an exported file, which runs as it is; leave --amp and --compile out")
         on_cpu = lambda images: exported.run(images.cpu()).to(images.device)  # noqa: E731
         return on_cpu, _adjusted(exported.view, args), exported.classes, exported.labels
     model = create_model(name, pretrained=True).to(device).eval()

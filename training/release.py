@@ -28,6 +28,7 @@ from risotto_zoo.files import sha256, write_atomically
 from risotto_zoo.hub import PACKAGE
 from risotto_zoo.isometry import probed_singular_values, signal_map
 from risotto_zoo.models import create_model, parse_name
+from risotto_zoo.models.resnet import OF_THE_START
 
 from .cards import CARDS, DATASETS, card, finetune_figure, read_json, write_pages
 from .data import View
@@ -173,7 +174,7 @@ def _check_plain(config: dict[str, Any], state: dict[str, Tensor], run: Path) ->
             f"{run} started by Fixup, with scalar biases that {name} does not have by its name alone; the run folder "
             "itself can be loaded, as local-dir:FOLDER"
         )
-    structural = sorted(config["model_args"].keys() - {"init", "alpha", "rotated_pairs", "patches", *OF_TRAINING})
+    structural = sorted(config["model_args"].keys() - {*OF_THE_START, *OF_TRAINING})
     if structural:
         raise UserError(
             f"{run} changed {', '.join(structural)} of {name} in model_args: a release must load by its name alone; "
@@ -296,6 +297,7 @@ def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, byte
     try:
         for rest in (new, old):
             shutil.rmtree(rest, ignore_errors=True)
+        staged.unlink(missing_ok=True)
         new.mkdir(parents=True)
         for name in COPIED:
             write_atomically(new / name, files[name])

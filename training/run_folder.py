@@ -217,11 +217,15 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
 
 
 def a_row_a_line(record: dict[str, Any], key: str) -> bytes:
-    """A record as JSON with each item of its list `key` on one line: a third smaller, and its changes can be read."""
-    rows = ",\n  ".join(json.dumps(row) for row in record[key])
-    return (
-        json.dumps({**record, key: []}, indent=1).replace(f'"{key}": []', f'"{key}": [\n  {rows}\n ]') + "\n"
-    ).encode()
+    """A record as JSON with each item of its list or dict `key` on one line: smaller, and its changes can be read."""
+    items, frame = record[key], "[]"
+    if isinstance(items, dict):
+        rows, frame = (f"{json.dumps(name)}: {json.dumps(item)}" for name, item in items.items()), "{}"
+    else:
+        rows = map(json.dumps, items)
+    text = f"{frame[0]}\n  " + ",\n  ".join(rows) + f"\n {frame[1]}"
+    whole = json.dumps({**record, key: type(items)()}, indent=1)
+    return (whole.replace(f'"{key}": {frame}', f'"{key}": {text}') + "\n").encode()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float | None]]:

@@ -37,7 +37,7 @@ def sweep_table() -> str:
         settings = ", ".join(f"{key}={value}" for key, value in record["settings"].items())
         rows.append(
             f"| {name} | {settings} | {100 * best['top1']:.1f}% ({100 * low:.1f} to {100 * high:.1f}) "
-            f"| {best['loss']:.3f} | {record['history'][-1]['train_loss']:.3f} |"
+            f"| {best['loss']:.3f} | {record['history']['train_loss'][-1]:.3f} |"
         )
     return "\n".join(rows)
 
@@ -101,7 +101,10 @@ def reached(name: str) -> str:
             return _reached(result, result["evaluation"])
     path = RECORDS / f"{name}.json"
     record = read_json(path) if path.is_file() else None
-    if record is None or validate(record["recipe"], str(path)) != recipe:
+    start = releases().get(recipe.init_from)  # of the weights that it begins with there may be others since
+    revision = None if start is None else f"v{start['version']}"
+    known = record is not None and record["results"].get("init_revision") == revision
+    if not known or validate(record["recipe"], str(path)) != recipe:
         return "Accuracy and time: has not been run."
     return _reached(record["results"], _best(record["results"]))
 
@@ -142,7 +145,7 @@ def pages() -> dict[Path, str]:
 
 def add(run: Path, sweep: bool) -> None:
     """Copy the numbers of a finished run into training/results (or its sweeps), under the run folder's name;
-    its history to six digits.
+    its history by columns, to six digits.
 
     Raises:
         UserError: If the run is not finished.
@@ -150,8 +153,8 @@ def add(run: Path, sweep: bool) -> None:
     results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
     if not results.get("finished") or "evaluation" in results:  # a release has that
         raise UserError(f"{run} holds no finished run")
-    short = lambda value: None if value is None else float(f"{value:.6g}")  # noqa: E731
-    history = [{key: short(value) for key, value in row.items()} for row in read_metrics(run)]
+    rows = read_metrics(run)
+    history = {key: [_short(row[key]) for row in rows] for key in rows[0]}
     recipe = without_places(load_recipe(str(run / "recipe.yaml")))
     results["data"] = recipe.data.source
     record: dict[str, Any] = {"results": results, "history": history, "recipe": json.loads(recipe.model_dump_json())}
@@ -168,6 +171,13 @@ def add(run: Path, sweep: bool) -> None:
     target = (RECORDS / "sweeps" if sweep else RECORDS) / f"{run.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, a_row_a_line(record, "history"))
+
+
+def _short(value: float | None) -> float | int | None:
+    if value is None:
+        return None
+    value = float(f"{value:.6g}")
+    return int(value) if value.is_integer() else value
 
 
 def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -5,6 +5,7 @@ standard stem, which nets with batch normalization keep.
 """
 
 import math
+import numbers
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -66,14 +67,21 @@ def resnet_structure(model: nn.Module) -> ResNetStructure:
     return structure
 
 
+def check_alpha(alpha: float) -> None:
+    """Refuse what is no finite number."""
+    if not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha!r}, not a finite number")
+
+
 def check_arguments(structure: ResNetStructure, alpha: float, generator: torch.Generator | None) -> None:
     """Refuse an alpha that is not finite or that a block has no multiplier to hold, and a generator on a device."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator is {generator!r}, not a torch.Generator")
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(
             f"the generator is on {generator.device}; only a CPU generator gives the same weights anywhere"
         )
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}, not a finite number")
+    check_alpha(alpha)
     for block in structure.blocks:
         if block.gain is None and alpha != 1:
             raise ValueError(f"{block.name}: has neither an alpha nor a normalization weight to hold alpha={alpha}")

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from risotto_zoo.errors import did_you_mean
 from risotto_zoo.initializers import SCHEMES, risotto_head_
 from risotto_zoo.initializers.risotto import check_options
+from risotto_zoo.initializers.structure import check_alpha
 
 from .blocks import BasicBlock, Bottleneck
+
+OF_THE_START = {"init", "alpha", "rotated_pairs", "patches", "seed"}
+"""Arguments of a net that weights which are loaded make void."""
 
 
 class RisottoResNet(timm_resnet.ResNet):
@@ -69,13 +73,10 @@ class RisottoResNet(timm_resnet.ResNet):
         check_choice("norm", norm, ("none", "batch"))
         check_choice("skip", skip, ("identity", "projection"))
         check_choice("stem", stem, ("imagenet", "cifar"))
-        check_choice("init", init, (*SCHEMES, None))
+        check_start(init, alpha, rotated_pairs, patches, seed)
         for key, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
                 raise ValueError(f"{key} is {rate!r}, not a number from 0 to below 1")
-        if alpha is not None and not isinstance(alpha, numbers.Real):
-            raise ValueError(f"alpha is {alpha!r}, not a number")
-        check_options(rotated_pairs, patches)
         check_choice("output_stride", output_stride, (8, 16, 32) if stem == "imagenet" else (1, 2, 4, 8, 16, 32))
         if not 0 < len(layers) == len(channels) <= 4 or sum(layers) < 2:
             raise ValueError(f"layers {tuple(layers)}, channels {tuple(channels)}: one to four, two blocks in all")
@@ -83,9 +84,6 @@ class RisottoResNet(timm_resnet.ResNet):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        for key, given in (("rotated_pairs", rotated_pairs is not None), ("patches", patches)):
-            if given and init not in ("risotto", None):
-                raise ValueError(f"{key} is of init='risotto', not of {init!r}; leave it out")
         self.init, self.alpha_init, self.seed = init, alpha, seed
         self.rotated_pairs, self.patches = rotated_pairs, patches
 
@@ -208,6 +206,29 @@ class RisottoResNet(timm_resnet.ResNet):
         if prune_head or pruned:
             self.reset_classifier(0, "")
         return take
+
+
+def check_start(
+    init: str | None = "risotto",
+    alpha: float | None = None,
+    rotated_pairs: int | None = None,
+    patches: bool = False,
+    seed: int | None = None,
+) -> None:
+    """Refuse what is no start of any net, also where weights are about to replace it.
+
+    Raises:
+        ValueError: For an unknown scheme, values out of range, or options that are another scheme's.
+    """
+    check_choice("init", init, (*SCHEMES, None))
+    if alpha is not None:
+        check_alpha(alpha)
+    check_options(rotated_pairs, patches)
+    for key, given in (("rotated_pairs", rotated_pairs is not None), ("patches", patches)):
+        if given and init not in ("risotto", None):
+            raise ValueError(f"{key} is of init='risotto', not of {init!r}; leave it out")
+    if seed is not None and not (isinstance(seed, numbers.Integral) and -(2**63) <= seed < 2**64):
+        raise ValueError(f"seed is {seed!r}, not a whole number from -2**63 to 2**64 - 1")
 
 
 def check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:

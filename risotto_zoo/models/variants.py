@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from risotto_zoo.checkpoints import WEIGHTS, check_state, folder_weights, read_tensors, read_verified
 from risotto_zoo.errors import NoWeights, UserError
 from risotto_zoo.hub import MANIFEST, hub_weights, release_file, release_weights, repository
-from risotto_zoo.initializers import SCHEMES
 
 from .blocks import BasicBlock, Bottleneck
-from .resnet import RisottoResNet, check_choice
+from .resnet import OF_THE_START, RisottoResNet, check_start
 
 __all__: list[str] = []  # register_model adds every entry point
 
@@ -147,7 +146,7 @@ def _entry_point(name: str, doc: str, **net: Any) -> Callable[..., RisottoResNet
         asked = kwargs.get("num_classes", cfg["num_classes"]), kwargs.get("in_chans", cfg["input_size"][0])
         whole = pretrained and asked == (cfg["num_classes"], cfg["input_size"][0]) and not kwargs.get("features_only")
         whole &= cfg["num_classes"] >= 0  # below, timm makes a new head in any case
-        check_choice("init", kwargs.get("init", "risotto"), (*SCHEMES, None))
+        check_start(**{key: kwargs[key] for key in OF_THE_START & kwargs.keys()})
         levels = len(kwargs.get("layers", net["layers"])) + 1
         wanted = kwargs.get("out_indices") if kwargs.get("features_only") else None
         for level in range(wanted) if isinstance(wanted, int) else wanted or ():
