@@ -1121,10 +1121,12 @@ def test_a_release_whose_last_renaming_fails_leaves_the_one_before(run, tmp_path
     fails_at_the_last(half=True)
     assert held() == before and publish.check(folder) == results
     # What one that was killed left behind is not taken for this one's own.
-    (tmp_path / "risotto_zoo" / "weights" / f".{folder.name}.safetensors.new").write_bytes(b"half")
+    rest = tmp_path / "risotto_zoo" / "weights" / f".{folder.name}.safetensors.new"
+    rest.write_bytes(b"half")
     outside = release.release(run, "digits", [], tmp_path / "outside")
     assert (outside / WEIGHTS).is_file()
     shutil.rmtree(outside)
+    rest.unlink()
     # One outside the zoo leaves the zoo's weights alone.
     release.release(run, "digits", [], tmp_path / "elsewhere", half=True)
     assert {path: data for path, data in held().items() if (tmp_path / "elsewhere") not in path.parents} == before

@@ -294,10 +294,10 @@ def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, byte
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     package_file = PACKAGE / "weights" / f"{results['name']}.safetensors"
     staged = package_file.with_name(f".{package_file.name}.new")
+    packaged, renamed = results["location"] == "package", False
     try:
         for rest in (new, old):
             shutil.rmtree(rest, ignore_errors=True)
-        staged.unlink(missing_ok=True)
         new.mkdir(parents=True)
         for name in COPIED:
             write_atomically(new / name, files[name])
@@ -305,7 +305,7 @@ def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, byte
         if results["finetunes"]:
             write_atomically(new / "finetune.png", finetune_figure(results["finetunes"]))
         write_atomically(new / "README.md", card(new).encode())
-        if results["location"] == "package":
+        if packaged:
             package_file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(staged, files[WEIGHTS])
             (new / WEIGHTS).symlink_to(os.path.relpath(package_file, folder))
@@ -315,7 +315,8 @@ def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, byte
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-        if results["location"] == "package":
+        renamed = True
+        if packaged:
             staged.replace(package_file)
         elif results["in_zoo"]:
             package_file.unlink(missing_ok=True)
@@ -323,12 +324,13 @@ def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, byte
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
     finally:
-        if staged.exists() and not new.exists():  # all of the renames were done but the last
+        if renamed and packaged and staged.exists():  # the last renaming failed
             shutil.rmtree(folder, ignore_errors=True)
         if old.exists() and not folder.exists():
             old.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
-        staged.unlink(missing_ok=True)
+        if packaged:
+            staged.unlink(missing_ok=True)
 
 
 @exits_cleanly
