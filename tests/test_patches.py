@@ -1,12 +1,10 @@
 """With patches, strided layers read every pixel and every non-zero singular value is 1 all the same."""
 
-import re
-
 import pytest
 import timm
 import torch
 import torchvision
-from test_risotto import WITHOUT_NORM, without_eps
+from test_risotto import DEEPEST_SLOW, without_eps
 from torch import nn
 
 from risotto_zoo.initializers import risotto_
@@ -22,11 +20,7 @@ def assert_isometric(model, image, rank, tolerance):
     assert (values[rank:] <= tolerance).all()
 
 
-@pytest.mark.parametrize(
-    "name",
-    # The deepest differ from ResNet-50 in the number of blocks alone.
-    [pytest.param(name, marks=[pytest.mark.slow] * bool(re.search("101|152", name))) for name in WITHOUT_NORM],
-)
+@pytest.mark.parametrize("name", DEEPEST_SLOW)
 def test_every_model_with_patches_is_isometric_from_more_than_a_sample_of_the_pixels(name):
     """The rank is what the channels have room for: without patches it is 3 for a pixel of the last map."""
     model = timm.create_model(name, seed=0, dtype=torch.float64, patches=True, alpha=0.1, rotated_pairs=1).eval()
