@@ -32,10 +32,11 @@ def folder_of(name, path, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("name", "layers"), [("risotto_resnet20", (3, 3, 3)), ("risotto_resnet50_cifar", (1, 2, 2, 1))]
+    ("name", "shape"),
+    [("risotto_resnet20", {}), ("risotto_resnet50_cifar", {"layers": (1, 2, 2, 1), "channels": (16, 32, 64, 128)})],
 )
-def test_onnx_runtime_agrees_on_100_real_images_at_any_batch(name, layers, tmp_path):
-    source = folder_of(name, tmp_path / "model", layers=layers)
+def test_onnx_runtime_agrees_on_100_real_images_at_any_batch(name, shape, tmp_path):
+    source = folder_of(name, tmp_path / "model", **shape)
     file = tmp_path / "model.onnx"
     model = timm.create_model(source, pretrained=True).eval()
     images = export.photos(View.of({**model.pretrained_cfg, "crop_mode": "center"}), 100)
