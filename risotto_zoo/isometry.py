@@ -57,7 +57,7 @@ def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: 
         parts = [
             _vjp(function, image.expand(len(b), *image.shape), b).flatten(1)[:, reached] for b in basis.split(chunk)
         ]
-    values = torch.linalg.svdvals(_decomposable(torch.cat(parts))).to(torch.promote_types(image.dtype, torch.float32))
+    values = _singular_values_of(torch.cat(parts))
     return torch.cat([values, values.new_zeros(rank_bound - len(values))])
 
 
@@ -81,15 +81,15 @@ def probed_singular_values(
     probes = min(probes, outputs, image.numel())
     cotangents = torch.randn(probes, outputs, generator=generator, device="cpu").to(image)
     pulled = _vjp(function, image.expand(probes, *image.shape), cotangents).flatten(1)
-    _, scale, rows = torch.linalg.svd(_decomposable(pulled), full_matrices=False)
+    _, scale, rows = torch.linalg.svd(pulled.cpu().double(), full_matrices=False)
     rows = rows[scale > scale.max() * 1e-6].unflatten(1, image.shape).to(image)
     pushed = _jvp(function, image.expand_as(rows), rows)
-    return torch.linalg.svdvals(_decomposable(pushed)).to(torch.promote_types(image.dtype, torch.float32))
+    return _singular_values_of(pushed)
 
 
-def _decomposable(matrix: Tensor) -> Tensor:
+def _singular_values_of(matrix: Tensor) -> Tensor:
     """In float64, lest the decomposition's own rounding, which grows with the image, be taken for the net's."""
-    return matrix.cpu().double()
+    return torch.linalg.svdvals(matrix.cpu().double()).to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _vjp(function: Callable[[Tensor], Tensor], images: Tensor, cotangents: Tensor) -> Tensor:

@@ -65,7 +65,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", nargs="+", help="a model with weights, local-dir:FOLDER, hf-hub:ORG/NAME or a file")
+    parser.add_argument(
+        "model", nargs="+", help="a model with weights, local-dir:FOLDER, hf-hub:ORG/NAME or a file, which the CPU runs"
+    )
     parser.add_argument(
         "--data",
         help="'digits', an image folder, or a timm data set string (default: what a local run was validated on)",
@@ -89,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dead", action="store_true", help=f"also count the ReLU channels active at less than {DEAD:.1%}% of positions"
     )
-    parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one; files: cpu)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     parser.add_argument("--csv", type=Path, help="write one line a model to this file")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="draw calibration and confusion of each model")

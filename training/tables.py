@@ -151,9 +151,9 @@ def add(run: Path, sweep: bool) -> None:
         UserError: If the run is not finished.
     """
     results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
-    if not results.get("finished") or "evaluation" in results:  # a release has that
-        raise UserError(f"{run} holds no finished run")
     rows = read_metrics(run)
+    if not results.get("finished") or not rows or "evaluation" in results:  # a release has that
+        raise UserError(f"{run} holds no finished run")
     history = {key: [_short(row[key]) for row in rows] for key in rows[0]}
     recipe = without_places(load_recipe(str(run / "recipe.yaml")))
     results["data"] = recipe.data.source
