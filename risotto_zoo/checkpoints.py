@@ -218,13 +218,18 @@ def folder_weights(folder: Path) -> dict[str, Tensor]:
     """
     path = folder / WEIGHTS
     if not path.exists():
-        raise UserError(f"{folder} holds no {WEIGHTS}; other formats are not read")
+        raise UserError(
+            f"{folder} holds no {WEIGHTS}, and other formats are not read; timm's save_for_hf "
+            "writes it with safe_serialization=True"
+        )
     if not (folder / "results.json").is_file():  # a run that is not finished
         return read_tensors(read_verified(path), str(path))
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = json.loads((folder / "results.json").read_bytes())
         digest, size = results["sha256"][WEIGHTS], results.get("bytes")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         digest, size = None, None
     if not isinstance(digest, str) or len(digest) != 64 or not isinstance(size, (int, type(None))):
         raise UserError(f"{folder / 'results.json'} does not give the sha256 of {WEIGHTS}, so it cannot be verified")

@@ -99,6 +99,8 @@ def predict_images(args: argparse.Namespace) -> int:
     """Print the most probable classes of each image; what cannot be read is named and counted."""
     for stream in (sys.stdout, sys.stderr):  # file names may hold what the terminal cannot show
         stream.reconfigure(errors="backslashreplace")
+    if args.top < 1:
+        raise UserError(f"--top is {args.top}, but at least one class is printed")
     classifier = load(args.model, args.device, args.revision)
     paths = [path for given in args.image for path in _image_files(given)]
     broken = 0
@@ -108,7 +110,7 @@ def predict_images(args: argparse.Namespace) -> int:
             print(f"{path}: {outcome}", file=sys.stderr)
             continue
         print(path)
-        for share, index in zip(*outcome.topk(min(max(args.top, 1), len(outcome))), strict=True):
+        for share, index in zip(*outcome.topk(min(args.top, len(outcome))), strict=True):
             print(f"  {100 * share:6.2f}%  {classifier.classes[index]}")
     if broken:
         print(f"{broken} of {len(paths)} images could not be read", file=sys.stderr)
@@ -120,10 +122,19 @@ def _image_files(path: Path) -> list[Path]:
     if not os.path.isdir(path):  # unlike Path.is_dir, at ease with names that are too long
         return [path]
     known = readable_suffixes()
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and not file.is_dir())
+    files = sorted(
+        file
+        for folder, _, names in os.walk(path, onerror=_raise)
+        for file in (Path(folder, name) for name in names)
+        if file.suffix.lower() in known and (file.is_file() or file.is_symlink())
+    )
     if not files:
         raise UserError(f"{path} holds no images (files named .jpg, .png, ...)")
     return files
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def inspect_model(args: argparse.Namespace) -> int:
@@ -132,6 +143,9 @@ def inspect_model(args: argparse.Namespace) -> int:
         create_model(args.name)  # an unknown name is told with the nearest ones
         raise UserError(f"{args.name} is not a model of this zoo; see risotto-zoo list")
     start = {"init": args.init, "alpha": args.alpha, "rotated_pairs": args.rotated_pairs, "seed": args.seed}
+    given = [f"{key}={start[key]:g}" for key in ("alpha", "rotated_pairs") if start[key] is not None]
+    given += ["patches"] * args.patches
+    output = _figure_path(args.output or Path("-".join([args.name, args.init, *given]) + ".png"))
     model = create_model(args.name, **start, patches=args.patches).eval()
     reduction = model.feature_info[-1]["reduction"]
     images = _read(args.image, model) if args.image else _random_images(model, 4 * reduction, args.seed)
@@ -146,8 +160,6 @@ def inspect_model(args: argparse.Namespace) -> int:
         values, how = probed_singular_values(function, images[0], PROBES), f"{PROBES} random probes of the"
     blocks = signal_by_block(model, images, whole_maps=args.patches)
 
-    given = [f"{key}={start[key]:g}" for key in ("alpha", "rotated_pairs") if start[key] is not None]
-    given += ["patches"] * args.patches
     what = f"{', '.join([args.name, f'init={args.init}', *given])}, {'x'.join(map(str, images.shape[1:]))} images"
     print(what)
     print(
@@ -157,16 +169,24 @@ def inspect_model(args: argparse.Namespace) -> int:
     print(f"\n{'block':12} {'signal norm':>12} {'similarity':>11}")
     for block in _thinned(blocks, 24):
         print(f"{block.name:12} {block.norm:12.5g} {block.similarity:11.6f}")
-    output = args.output or Path("-".join([args.name, args.init, *given]) + ".png")
+    try:
+        _plot(values, blocks, what).savefig(output, dpi=120)
+    except OSError as error:
+        raise UserError(f"figure {output} cannot be written: {error.strerror or error}") from None
+    print(f"\nfigure: {output}")
+    return 0
+
+
+def _figure_path(output: Path) -> Path:
+    """Where the figure goes, refused before anything is measured if it cannot go there."""
     if output.is_dir():
         raise UserError(f"figure {output} is a folder; name a file, such as {output / 'figure.png'}")
     output = output if output.suffix else output.with_suffix(".png")
-    try:
-        _plot(values, blocks, what).savefig(output, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"figure {output} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    print(f"\nfigure: {output}")
-    return 0
+    if not output.parent.is_dir():
+        raise UserError(f"figure {output} cannot be written: there is no folder {output.parent}")
+    if output.suffix[1:].lower() not in FigureCanvasAgg.get_supported_filetypes():
+        raise UserError(f"figure {output}: a figure is a .png, .svg or .pdf file, not {output.suffix}")
+    return output
 
 
 def _random_images(model: nn.Module, size: int, seed: int) -> Tensor:

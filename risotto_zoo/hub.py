@@ -200,7 +200,7 @@ def explained(error: Exception, what: str, repo_id: str, instead: str = "") -> E
     status = _status(error)
     place = constants.ENDPOINT
     if isinstance(error, OfflineModeIsEnabled):
-        return HubError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset it{instead}")
+        return HubError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids fetching it; unset it{instead}")
     if isinstance(error, GatedRepoError):
         return HubError(f"{what} is gated: ask for access at {place}/{repo_id}, then log in with `hf auth login`")
     if isinstance(error, RevisionNotFoundError):
@@ -213,7 +213,7 @@ def explained(error: Exception, what: str, repo_id: str, instead: str = "") -> E
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return HubError(f"{what}: the repository has no such file; only safetensors are read, no other format")
     if status == 403:
-        return HubError(f"{what}: the token is not allowed to do this; make one with the right to at {place}/settings")
+        return HubError(f"{what}: the token is not allowed to do this; create one that is at {place}/settings/tokens")
     if status == 429:
         return HubError(f"{what}: the Hub asks to slow down (429); try again in a few minutes")
     if status is not None and status >= 500:

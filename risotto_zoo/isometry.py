@@ -3,6 +3,7 @@
 The signal of a feature map of N channels is s(x) = x[:N/2] - x[N/2:], the quantity a RISOTTO net transports exactly.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,7 +102,8 @@ def _vjp(function: Callable[[Tensor], Tensor], images: Tensor, cotangents: Tenso
 
 def _jvp(function: Callable[[Tensor], Tensor], images: Tensor, tangents: Tensor) -> Tensor:
     """J v of each image and its tangent, shapes both (B, C, H, W); result (B, D)."""
-    with torch.no_grad(), forward_ad.dual_level():
+    with torch.no_grad(), forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script`", FutureWarning)  # torch's own use of it
         dual = forward_ad.make_dual(images.contiguous(), tangents.contiguous())
         return forward_ad.unpack_dual(function(dual)).tangent
 

@@ -61,6 +61,8 @@ def load(name: str, device: str | torch.device = "cpu", revision: str | None = N
         next(model.to(device).parameters()).sum().item()  # 'meta' takes a model, too, but computes nothing
     except Exception as error:  # each backend has its own way to say that it is not there
         raise UserError(f"device {device}: {str(error).splitlines()[0]}") from None
+    if not getattr(model, "num_classes", 0):
+        raise UserError(f"{name} is no classifier: it has no classes")
     try:
         data = resolve_data_config(model=model, verbose=False)
         transform = create_transform(**data)

@@ -13,7 +13,7 @@ from risotto_zoo.cli import main as cli
 from training import evaluate, train
 
 GOOD_KINDS = 8
-BAD_KINDS = 8
+BAD_KINDS = 10
 
 
 def picture(draw, mode="RGB", size=(40, 30)):
@@ -33,7 +33,7 @@ def write_good(folder, i, draw):
     if kind == 0:
         picture(draw, size=(1, 1)).save(folder / f"dot{i}.png")
     elif kind == 1:
-        picture(draw, size=(20_000, 3)).save(folder / f"line{i}.png")
+        picture(draw, size=(3_000, 3)).save(folder / f"line{i}.png")
     elif kind == 2:
         picture(draw, "CMYK").save(folder / f"print{i}.jpg")
     elif kind == 3:
@@ -73,6 +73,10 @@ def write_bad(folder, i, draw):
         path.write_bytes(draw.bytes(2000))
     elif kind == 6:
         (folder / f"bad{i}.png").write_bytes(bomb(10, 10) + b"\0\0\0")
+    elif kind == 7:
+        picture(draw, size=(2, 2_001)).save(folder / f"bad{i}.png")
+    elif kind == 8:
+        Image.fromarray(np.array([[0, np.nan]], dtype=np.float32)).save(path, "TIFF")
     else:
         path.write_bytes(b"\xff\xd8\xff\xe0" + draw.bytes(40))
 

@@ -1263,6 +1263,12 @@ def test_a_net_of_other_channels_cannot_read_images(tmp_path):
         risotto_zoo.load(f"local-dir:{tmp_path}")
 
 
+def test_a_net_without_classes_is_no_classifier(tmp_path):
+    timm.models.save_for_hf(timm.create_model("risotto_resnet20", num_classes=0), tmp_path, safe_serialization=True)
+    with pytest.raises(UserError, match="is no classifier: it has no classes"):
+        risotto_zoo.load(f"local-dir:{tmp_path}")
+
+
 @pytest.mark.parametrize("name", list(fetching.MANIFEST))
 def test_released_weights_load_with_no_network(name, hub, tmp_path):
     hub.fail(".*", "drop", times=None)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -246,6 +247,14 @@ def test_options_of_timm_that_stay_exact(options):
     torch.testing.assert_close(values, ones, atol=1e-6, rtol=0)
 
 
+of_the_batch = partial(nn.BatchNorm2d, track_running_stats=False)
+
+
+def same_padding(model):
+    model.conv1 = nn.Conv2d(3, 64, 7, padding="same")
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "named", "reason"),
     [
@@ -255,6 +264,8 @@ def test_options_of_timm_that_stay_exact(options):
         (lambda: timm.create_model("resnet50d"), "layer2.0.downsample", "averages"),
         (lambda: timm.create_model("resnet50_gn"), "bn1", "GroupNorm"),
         (lambda: timm.create_model("resnet18", act_layer="silu"), "act1", "SiLU"),
+        (lambda: timm.create_model("resnet18", norm_layer=of_the_batch), "bn1", "without running statistics"),
+        (lambda: same_padding(timm.create_model("resnet18")), "conv1", r"padding is 'same'; \(3, 3\) is needed"),
         (lambda: timm.create_model("resnet18", channels=(63, 128, 256, 512)), "layer1.0", "even"),
         (lambda: timm.create_model("resnet18", channels=(32, 64, 128, 256)), "layer1.0.downsample.0", "64 to 32"),
         (lambda: timm.create_model("resnet18", stem_type="deep", stem_width=64), "layer1.0.downsample.0", "128 to 64"),

@@ -188,6 +188,11 @@ def risotto_(
         check_patches(structure)
     else:
         _check_widths(model, structure)
+    for name, module in model.named_modules():
+        if module in structure.norms and module.running_mean is None:
+            raise ValueError(
+                f"{name}: without running statistics it divides by those of each batch, and nothing is exact"
+            )
     features = structure.blocks[-1].convs[-1].out_channels
     if structure.head is not None:
         _check_head(structure.head, features)

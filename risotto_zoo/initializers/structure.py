@@ -176,7 +176,7 @@ def _check_conv(name: str, conv: nn.Module, input_pairs: bool = True) -> None:
             raise ValueError(f"{name}: {channels} {side} channels cannot be paired, an even number is needed")
     centred = tuple(d * (k // 2) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     if tuple(conv.padding if not isinstance(conv.padding, str) else ()) != centred:
-        raise ValueError(f"{name}: padding {conv.padding} shifts the centre tap; {centred} is needed")
+        raise ValueError(f"{name}: padding is {conv.padding!r}; {centred} is needed, which centres the kernel")
 
 
 def _product(strides: Iterator[tuple[int, int]]) -> tuple[int, int]:

@@ -30,7 +30,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     """
     source, architecture = parse_name(name)
     if source is None and not timm.is_model(architecture.split(".")[0]):
-        raise UserError(f"unknown model {name!r}{did_you_mean(name, timm.list_models())}")
+        known = timm.list_models() + timm.list_pretrained("risotto_*")
+        raise UserError(f"unknown model {name!r}{did_you_mean(name.lower(), known)}")
     try:
         _verify_source(source, architecture, pretrained, kwargs.get("cache_dir"))
         return timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -41,6 +42,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         if ours := re.match(r"RisottoResNet.__init__\(\) got an unexpected keyword argument '(.+)'", reason):
             hint = did_you_mean(ours[1], inspect.signature(RisottoResNet).parameters, count=1)
             reason = f"the net has no argument {ours[1]!r}{hint}"
+        if reason.startswith("Invalid pretrained tag"):
+            reason = reason.rstrip(".") + did_you_mean(name, timm.list_pretrained(f"{architecture.split('.')[0]}.*"))
         raise UserError(f"model {name}: {reason or type(error).__name__}") from None
 
 

@@ -79,7 +79,10 @@ class RisottoResNet(timm_resnet.ResNet):
                 raise ValueError(f"{key} is {rate!r}, not a number from 0 to below 1")
         check_choice("output_stride", output_stride, (8, 16, 32) if stem == "imagenet" else (1, 2, 4, 8, 16, 32))
         if not 0 < len(layers) == len(channels) <= 4 or sum(layers) < 2:
-            raise ValueError(f"layers {tuple(layers)}, channels {tuple(channels)}: one to four, two blocks in all")
+            raise ValueError(
+                f"layers {tuple(layers)} and channels {tuple(channels)}: one number each for every stage is needed, "
+                "for one to four stages with at least two blocks in all"
+            )
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -234,5 +237,5 @@ def check_start(
 def check_choice(argument: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Refuse a value that is not among the choices by a ValueError that names the nearest."""
     if value not in choices:
-        hint = did_you_mean(str(value), map(str, choices), count=1)
+        hint = did_you_mean(str(value), [str(choice) for choice in choices if choice is not None], count=1)
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, not {value!r}{hint}")
