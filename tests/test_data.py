@@ -90,6 +90,14 @@ def test_a_wrong_folder_is_one_line_and_code_2(damage, words, folder, command, t
 STREAMED = ["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}"]
 
 
+@pytest.mark.parametrize("more", [[], STREAMED])
+def test_a_validation_set_without_a_readable_image_is_told_before_anything_is_trained(more, folder, command, tmp_path):
+    corrupt_all(folder / "val")
+    result = command(train.main, *options(folder, tmp_path, *more))
+    assert result.code == 2 and "can be read" in result.err and "step" not in result.err, result.err
+    assert "Traceback" not in result.err and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -113,7 +121,11 @@ STREAMED = ["data.pipeline=streaming", "augment={crop_scale: [0.5, 1.0]}"]
         (["model_args={alpah: 0.1}"], "the net has no argument 'alpah'; did you mean 'alpha'?"),
         ([*STREAMED, "data.loader={re_probe: 1}"], "takes no such argument"),
         ([*STREAMED, "data.loader={auto_augment: foo}"], "data.loader"),
-        ([*STREAMED, "data.loader={batch_size: 3}"], "takes no such argument"),
+        ([*STREAMED, "data.loader={batch_size: 3}"], "data.loader.batch_size: batch_size decides that"),
+        ([*STREAMED, "data.loader={mean: [0, 0, 0]}"], "data.loader.mean: the model decides that"),
+        ([*STREAMED, "data.loader={collate_fn: x}"], "takes no such argument"),
+        (["data.val_split=train"], "training and validation have the same images; set data.holdout"),
+        ([*STREAMED, "data.val_split=train"], "training and validation have the same images; set data.holdout"),
         (["optimizer={name: adamw, options: {betas: [0.9]}}"], "optimizer adamw"),
         (["optimizer={name: muon, options: {adjust_lr_fn: orignal}}"], "orignal"),
     ],

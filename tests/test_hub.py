@@ -958,6 +958,12 @@ def test_a_recipe_does_not_say_what_came_of_weights_that_there_are_others_of_sin
 
 def test_a_row_of_a_sweep_says_what_was_unusual(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RECORDS", tmp_path)
+    with pytest.raises(UserError, match="was judged on test images, but a sweep is on held-out ones"):
+        tables.add(run, sweep=True)
+    shutil.copytree(run, tmp_path / run.name)
+    run = tmp_path / run.name
+    file = run / "recipe.yaml"
+    file.write_text(file.read_text().replace("holdout: 0.0", "holdout: 0.2"))
     tables.add(run, sweep=True)
     settings = json.loads((tmp_path / "sweeps" / f"{run.name}.json").read_text())["settings"]
     recipe = load_recipe(str(run / "recipe.yaml"))
@@ -987,6 +993,13 @@ def test_a_pair_of_records_is_a_row_of_the_results_until_it_is_released(run, tmp
     results = json.loads(record.read_text())["results"]
     [row] = [line for line in cards.results_table().splitlines() if "not released" in line]
     assert f"`{results['model']}` | digits | {100 * results['raw']['top1']:.2f}%" in row
+    told = json.loads(record.read_text())
+    for section, key, value in (("results", "epochs", 99), ("data", "holdout", 0.2)):
+        changed = json.loads(json.dumps(told))
+        (changed["results"] if section == "results" else changed["recipe"]["data"])[key] = value
+        record.write_text(json.dumps(changed))
+        assert "not released" not in cards.results_table(), "judged or trained otherwise than its twin"
+    record.write_text(json.dumps(told))
     one = next(iter(cards.releases().values()))
     monkeypatch.setattr(cards, "releases", lambda: {f"{results['model']}.digits": one})
     assert "not released" not in cards.results_table()
@@ -1027,10 +1040,10 @@ def test_the_score_is_that_of_the_weights_released(run, tmp_path, command, monke
     shutil.copytree(run, averaged)
     state = safetensors.torch.load_file(run / WEIGHTS)
     state["fc.bias"] += torch.arange(10) / 5
-    safetensors.torch.save_file(state, averaged / "model_ema.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(state, averaged / WEIGHTS, metadata={"format": "pt"})
     results = json.loads((run / "results.json").read_text())
     results |= {"better": "ema", "ema": {**results["raw"], "top1": 0.987}}
-    results["sha256"]["model_ema.safetensors"] = sha256((averaged / "model_ema.safetensors").read_bytes())
+    results["sha256"][WEIGHTS] = sha256((averaged / WEIGHTS).read_bytes())
     (averaged / "results.json").write_text(json.dumps(results))
     folder = release.release(averaged, "digits", [], tmp_path / "out")
     told = json.loads((folder / "results.json").read_text())
@@ -1098,6 +1111,7 @@ def test_a_release_whose_last_renaming_fails_leaves_the_one_before(run, tmp_path
         monkeypatch.setattr(module, "CARDS", tmp_path / "model_cards")
         monkeypatch.setattr(module, "PACKAGE", tmp_path / "risotto_zoo")
     monkeypatch.setattr(cards, "ROOT", tmp_path)
+    monkeypatch.setattr(release, "write_tables", lambda: None)
     (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
     (tmp_path / "risotto_zoo").mkdir()
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
@@ -1161,6 +1175,23 @@ def test_release_refuses(run, tmp_path, command):
     (copy / "results.json").write_text(json.dumps(results))
     (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-4])
     assert "damaged" in refused(copy, "--tag", "digits")
+
+
+def test_a_new_tag_does_not_become_what_a_net_is_by_its_name_alone(monkeypatch):
+    released = cards.releases()
+    one = released["risotto_resnet20.cifar10-jpeg"]
+    monkeypatch.setattr(cards, "releases", lambda: {**{f"risotto_resnet20.{tag}": one for tag in "az"}, **released})
+    monkeypatch.setattr(cards, "read_json", lambda _: {})
+    names = [name for name in json.loads(cards.manifest()) if name.startswith("risotto_resnet20.")]
+    assert names == ["risotto_resnet20.cifar10-jpeg", "risotto_resnet20.a", "risotto_resnet20.z"]
+
+
+def test_others_choose_the_license_of_their_weights(run, tmp_path, command):
+    args = [run, "--tag", "digits", "--output", tmp_path / "out", "--license", "mit"]
+    assert command(release.main, *args).code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: mit" in card and "no epoch was chosen by them" in card
+    assert command(publish.main, tmp_path / "out", "--repo-id", "me/net", "--dry-run").code == 0
 
 
 def test_a_card_counts_the_nets_that_were_tested_without_a_release(monkeypatch, tmp_path):

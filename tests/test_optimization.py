@@ -153,6 +153,13 @@ def test_kernels_decay_and_vectors_do_not(model, name, other):
             assert bool(group.get("use_fallback")) == (parameter.ndim != 4 or ends), key
 
 
+def test_what_timm_says_does_not_decay_does_not():
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10)
+    optimizer = build_optimizer(net, recipe({"name": "muon", "lr": 0.1, "weight_decay": 0.05}))
+    [group] = [g for g in optimizer.param_groups for p in g["params"] if p is net.pos_embed]
+    assert group["weight_decay"] == 0 and group["use_fallback"]
+
+
 def test_muon_is_nesterovs_unless_the_recipe_says_otherwise():
     net = timm.create_model("risotto_resnet20")
     for options, nesterov in (({}, True), ({"nesterov": False}, False)):

@@ -27,6 +27,7 @@ import yaml
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import evaluate as evaluate_net
 from risotto_zoo.evaluation import wilson_interval
+from risotto_zoo.models.variants import own_cfg
 from training import engine, evaluate, release, run_folder, train
 from training.cuda_graph import WARMUP
 from training.data import View
@@ -93,8 +94,10 @@ def here(command, *args):
     return command(train.main, *args, "--device", "cpu")
 
 
-def weights(folder):
-    return safetensors.torch.load_file(folder / "model.safetensors")
+def weights(folder, kind=None):
+    """Those that a run is loaded with, or, of a run with a moving average, the raw or averaged (ema) ones."""
+    file = folder / f"model_{kind}.safetensors"
+    return safetensors.torch.load_file(file if file.is_file() else folder / "model.safetensors")
 
 
 def same(a, b):
@@ -170,16 +173,15 @@ def test_the_same_recipe_gives_the_same_weights_in_another_process(finished, com
 # --- interruptions
 
 
-def kill_and_resume(folder, options, moments, reference, command):
-    """Start, SIGKILL after each of the moments, start again; in the end the weights are those of the reference."""
-    for moment in moments:
-        process = start(*options, "--output", folder)
-        time.sleep(moment)
+def kill_and_resume(folder, options, steps, reference, command):
+    """Start, SIGKILL about each of the steps, start again; in the end the weights are those of the reference."""
+    for step in steps:
+        process = start(*options, "--set", "log_every=1", "--output", folder)
+        assert any(f"step {step}/" in line for line in process.stderr)
         process.kill()
-        process.wait()
+        process.communicate()
     result = here(command, *options, "--output", folder)
-    # code 2: the last kill came after the end
-    assert result.code == 0 or (result.code == 2 and "finished run" in result.err), result.err
+    assert result.code == 0 and "resumed at step" in result.err, result.err
     assert same(weights(folder), weights(reference))
     assert (folder / "metrics.csv").read_text().count("\n") == (reference / "metrics.csv").read_text().count("\n")
 
@@ -193,10 +195,9 @@ EACH_STEP = [*OFTEN, "--set", "save_minutes=1e-9"]
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     process = start(*OFTEN, "--output", folder)
-    begin = time.time()
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    return folder, time.time() - begin
+    return folder
 
 
 class Killed(BaseException):
@@ -206,7 +207,7 @@ class Killed(BaseException):
 def test_killed_within_an_epoch_the_run_ends_with_the_same_weights_and_metrics(
     undisturbed, command, tmp_path, monkeypatch
 ):
-    reference, _ = undisturbed
+    reference = undisturbed
     folder, step = tmp_path / "run", engine._step
 
     def killed(trainer, *args):
@@ -226,22 +227,17 @@ def test_killed_within_an_epoch_the_run_ends_with_the_same_weights_and_metrics(
 
 
 def test_killed_at_two_random_moments_the_run_ends_with_the_same_weights(undisturbed, command, tmp_path):
-    folder, seconds = undisturbed
     draw = random.Random(0)
-    moments = [draw.uniform(0.5 * seconds, 0.95 * seconds) for _ in range(2)]
-    kill_and_resume(tmp_path / "killed", OFTEN, moments, folder, command)
-    assert (tmp_path / "killed" / "model_ema.safetensors").read_bytes() == (
-        folder / "model_ema.safetensors"
-    ).read_bytes()
+    steps = [draw.randrange(11, 17), draw.randrange(22, 30)]  # of 33; the end of an epoch has saved by then
+    kill_and_resume(tmp_path / "killed", OFTEN, steps, undisturbed, command)
+    assert all(same(weights(tmp_path / "killed", kind), weights(undisturbed, kind)) for kind in ("raw", "ema"))
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_the_run_ends_with_the_same_weights(undisturbed, command, tmp_path):
-    folder, seconds = undisturbed
     draw = random.Random(1)
     for attempt in range(20):
-        moments = [draw.uniform(0.4 * seconds, seconds)]
-        kill_and_resume(tmp_path / str(attempt), OFTEN, moments, folder, command)
+        kill_and_resume(tmp_path / str(attempt), OFTEN, [draw.randrange(12, 32)], undisturbed, command)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -263,11 +259,11 @@ def test_signals_save_and_leave_a_readable_folder(number, code, finished, comman
 
 
 def test_damaged_states_are_named_and_skipped(undisturbed, command, tmp_path):
-    reference, _ = undisturbed
+    reference = undisturbed
     folder = tmp_path / "run"
     shutil.copytree(reference, folder)
-    for path in ("results.json", "model.safetensors", "model_ema.safetensors"):
-        (folder / path).unlink()
+    for path in (folder / "results.json", *folder.glob("model*.safetensors")):
+        path.unlink()
     newest, older = sorted((folder / "state").glob("*.safetensors"), reverse=True)
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
@@ -280,7 +276,7 @@ def test_damaged_states_are_named_and_skipped(undisturbed, command, tmp_path):
 
 
 def test_a_truncated_state_is_skipped_and_none_left_means_from_the_beginning(undisturbed, command, tmp_path):
-    reference, _ = undisturbed
+    reference = undisturbed
     folder = tmp_path / "run"
     shutil.copytree(reference, folder)
     (folder / "results.json").unlink()
@@ -372,7 +368,7 @@ def test_a_loss_that_is_not_finite_stops_with_code_3(command, tmp_path):
 
 @pytest.mark.parametrize("sign", ["loss", "weights"])
 def test_weights_that_are_not_finite_are_never_saved(sign, undisturbed, command, tmp_path, monkeypatch):
-    reference, _ = undisturbed
+    reference = undisturbed
     folder, step = tmp_path / "run", engine._step
 
     def breaks(trainer, *args):
@@ -829,7 +825,8 @@ def test_rows_and_files_hold_what_the_run_did(tmp_path, monkeypatch):
         images, loss, correct = (sum(column) for column in zip(*seen[11 * i : 11 * (i + 1)], strict=True))
         assert row["train_loss"] == pytest.approx(loss / images, rel=1e-4) and row["train_top1"] == correct / images
     pipeline = engine.build(recipe, tmp_path, CPU).pipeline
-    for key, file in (("raw", "model.safetensors"), ("ema", "model_ema.safetensors")):
+    other = "raw" if results["better"] == "ema" else "ema"
+    for key, file in ((results["better"], "model.safetensors"), (other, f"model_{other}.safetensors")):
         net = timm.create_model(f"local-dir:{folder}", checkpoint_path=folder / file).eval()
         found, column = evaluate_net(net, pipeline.validation(), CPU.sum), {"raw": "val", "ema": "ema"}[key]
         assert results[key]["top1"] == found.top1 == rows[-1][f"{column}_top1"]
@@ -837,6 +834,22 @@ def test_rows_and_files_hold_what_the_run_did(tmp_path, monkeypatch):
         assert rows[-1][f"{column}_loss"] == pytest.approx(found.loss, rel=1e-6)
     assert abs(results["raw"]["loss"] - results["ema"]["loss"]) > 1e-3
     assert results["better"] == max(("raw", "ema"), key=lambda key: results[key]["top1"])
+
+
+def test_the_better_weights_are_those_that_everyone_loads(tmp_path):
+    trainer = engine.build(load_recipe("digits", ["ema_decay=0.5"]), tmp_path, CPU)
+    trainer.model.fc.bias.data.fill_(1)
+    for better, net in (("raw", trainer.model), ("ema", trainer.ema.module)):
+        hashes = engine._export(trainer, better)
+        assert same(weights(tmp_path), net.state_dict())
+        assert {path.name for path in tmp_path.glob("model*")} == hashes.keys()
+
+
+def test_what_a_recipe_trains_does_not_depend_on_what_is_released():
+    for name in timm.list_models("risotto_*"):
+        own, sibling = own_cfg(name), own_cfg(name.removesuffix("_bn").removesuffix("_c") + "_bn")
+        assert own == sibling == engine._registered_config(name)
+    assert own_cfg("risotto_resnet18")["input_size"] == (3, 224, 224) and own_cfg("resnet18") is None
 
 
 def test_the_seed_decides_what_a_run_begins_with(tmp_path):
@@ -956,7 +969,7 @@ def test_a_set_that_is_read_in_order_is_trained_on_resumed_evaluated_and_release
 
 
 def test_only_what_cannot_change_the_outcome_may_differ_when_a_run_goes_on(undisturbed, command, tmp_path, monkeypatch):
-    reference, _ = undisturbed
+    reference = undisturbed
     options = [*EACH_STEP, "--output", tmp_path / "run"]
     with stopping_after_an_epoch(monkeypatch):
         assert here(command, *options).code == 143
@@ -1015,8 +1028,8 @@ def test_a_step_as_a_cuda_graph_is_the_same_step(optimizer, command, tmp_path, m
     if optimizer == "muon":
         return
     start = engine.build(load_recipe("digits"), tmp_path, CPU).model.state_dict()
-    for name in ("model.safetensors", "model_ema.safetensors"):
-        graphed, plain = (safetensors.torch.load_file(tmp_path / graph / name) for graph in ("true", "false"))
+    for kind in ("raw", "ema"):
+        graphed, plain = (weights(tmp_path / graph, kind) for graph in ("true", "false"))
         apart = sum((graphed[key] - value).square().sum() for key, value in plain.items()).sqrt()
         moved = sum((start[key] - value).square().sum() for key, value in plain.items()).sqrt()
         assert apart < 0.1 * moved

@@ -37,6 +37,7 @@ def toy(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "CARDS", root / "model_cards")
         monkeypatch.setattr(module, "PACKAGE", root / "risotto_zoo")
     monkeypatch.setattr(cards, "ROOT", root)
+    monkeypatch.setattr(release, "write_tables", lambda: (root / "tables").touch())
     for name, changes in {"toy": {}, "toy_bn": {"model": "risotto_resnet20_bn"}}.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**TOY, **changes}))
     rows = [{"recipe": str(tmp_path / "toy.yaml"), "twin": str(tmp_path / "toy_bn.yaml"), "tag": "digits"}]
@@ -59,10 +60,12 @@ def test_a_row_is_trained_once_and_released_with_its_twin(toy, command, tmp_path
         assert f"`{name.split('.')[0]}`" in (toy / "README.md").read_text()
         results = json.loads((toy / "model_cards" / name / "results.json").read_text())
         assert [row["model"] for row in results["baselines"]] == [n.split(".")[0] for n in sorted(names - {name})]
+    assert (toy / "tables").is_file()
     before = {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()}
     monkeypatch.setattr(zoo, "train", lambda *_: pytest.fail("a finished run was run again"))
     assert command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu").code == 0
     assert {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()} == before
+    assert command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu", "--set", "log_every=7").code == 0
     result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu", "--set", "epochs=2")
     assert result.code == 2 and "holds a run of another recipe" in result.err
 
@@ -79,8 +82,11 @@ def test_the_time_ends_a_run_and_the_next_one_goes_on(toy, command, tmp_path):
 
 def test_packed_runs_come_in_pieces_and_go_together_again(toy, command, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "PIECE", 500_000)
+    collect, packed = zoo.collect, []
+    monkeypatch.setattr(zoo, "collect", lambda run, output: packed.append(run.name) or collect(run, output))
     result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu", "--collect", tmp_path / "out")
     assert result.code == 0 and not (toy / "model_cards").exists()
+    assert packed == ["toy", "toy_bn"]
     pieces = sorted((tmp_path / "out").glob("toy.tar.*"))
     assert len(pieces) > 1 and all(piece.stat().st_size <= 500_000 for piece in pieces)
     (tmp_path / "again").mkdir()
@@ -90,6 +96,10 @@ def test_packed_runs_come_in_pieces_and_go_together_again(toy, command, tmp_path
         assert path.read_bytes() == (original / path.name).read_bytes()
     shutil.rmtree(original)
     shutil.move(tmp_path / "again" / "toy", original)
+    with monkeypatch.context() as patched:
+        patched.setattr(zoo, "release", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu")
+        assert result.code == 2 and "is left out: [Errno 28] No space left on device" in result.err
     assert command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu").code == 0
     assert (toy / "model_cards" / "risotto_resnet20.digits" / "README.md").is_file()
 

@@ -85,9 +85,12 @@ def read_json(path: Path) -> Any:
 
 
 def manifest() -> str:
-    """risotto_zoo/manifest.json: what the library needs to know of each release."""
+    """risotto_zoo/manifest.json: what the library needs to know of each release.
+
+    A net's first release is what its name means without a tag: of the data sets that are known here, in their order.
+    """
     entries = {}
-    for name, result in releases().items():
+    for name, result in sorted(releases().items(), key=_rank):
         entries[name] = {
             "location": result["location"],
             "revision": f"v{result['version']}",
@@ -97,6 +100,11 @@ def manifest() -> str:
             "config": read_json(CARDS / name / "config.json"),
         }
     return json.dumps(entries, indent=1) + "\n"
+
+
+def _rank(release: tuple[str, Any]) -> tuple[str, int, str]:
+    net, _, tag = release[0].partition(".")
+    return net, [*DATASETS, tag].index(tag), tag
 
 
 def results_table() -> str:
@@ -113,14 +121,17 @@ def results_table() -> str:
     for path in sorted(RECORDS.glob("*.json")):
         other = path.with_stem(f"{path.stem}_bn")
         result, twin = (_recorded(read_json(file)) if file.is_file() else None for file in (path, other))
-        if twin is not None and f"{result['model']}.{Path(result['data']).name}" not in released:
+        if twin is None or any(result[key] != twin[key] for key in ("data", "train_images", "epochs")):
+            continue
+        if not result["holdout"] and f"{result['model']}.{Path(result['data']).name}" not in released:
             rows.append(_row(f"`{result['model']}`", Path(result["data"]).name, result, twin, "not released"))
     return "\n".join(rows)
 
 
 def _recorded(record: dict[str, Any]) -> dict[str, Any]:
     results = record["results"]
-    return {**results, "evaluation": results[results.get("better", "raw")]}
+    holdout = record["recipe"]["data"]["holdout"]
+    return {**results, "evaluation": results[results.get("better", "raw")], "holdout": holdout}
 
 
 def _row(model: str, tag: str, result: dict[str, Any], twin: dict[str, Any] | None, weights: str) -> str:
@@ -244,7 +255,7 @@ def _metadata(name: str, result: dict[str, Any], data: dict[str, Any]) -> ModelC
     values = [("accuracy", "Top-1", score["top1"]), ("top-5-accuracy", "Top-5", score["top5"])]
     return ModelCardData(
         model_name=name,
-        license=LICENSE,
+        license=result.get("license", LICENSE),
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "risotto", *kinds, "arxiv:2210.02411"],
@@ -312,6 +323,8 @@ def _results(result: dict[str, Any]) -> str:
         f"no epoch was chosen by them, but {' and '.join(seen)} had been tested on them when this one's recipe was made"
         if seen
         else "nothing was chosen by them"
+        if result["in_zoo"]
+        else "no epoch was chosen by them"
     )
     note += f", but that of raw and averaged weights the {result['weights']} ones were kept." if averaged else "."
     if result["baselines"]:

@@ -37,13 +37,12 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
         f"{results['train_images_per_second']:.0f} images/s, {results['peak_memory_bytes'] / 2**20:.0f} MiB at most",
     ]
     if "better" in results:
-        lines.append(f"better weights: {results['better']} (model.safetensors is raw, model_ema.safetensors is ema)")
-    averaged = results.get("better") == "ema"
-    how = f"checkpoint_path='{folder / 'model_ema.safetensors'}'" if averaged else "pretrained=True"
+        other = "raw" if results["better"] == "ema" else "ema"
+        lines.append(f"better weights: {results['better']} (the others are model_{other}.safetensors)")
     lines += [
         f"curves    {folder / 'curves.png'}",
-        f"load      timm.create_model('local-dir:{folder}', {how})  # after import timm, risotto_zoo",
-        f"evaluate  python -m training.evaluate local-dir:{folder}{'  # the raw weights' if averaged else ''}",
+        f"load      timm.create_model('local-dir:{folder}', pretrained=True)  # after import timm, risotto_zoo",
+        f"evaluate  python -m training.evaluate local-dir:{folder}",
         f"release   python -m training.release {folder} --tag DATA --output FOLDER",
     ]
     return "\n".join(lines)

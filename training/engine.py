@@ -21,12 +21,13 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from risotto_zoo.checkpoints import model_config, save_model
+from risotto_zoo.checkpoints import WEIGHTS, model_config, save_model
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import Evaluation, evaluate
 from risotto_zoo.hub import MANIFEST
 from risotto_zoo.models import create_model, parse_name, saved_arguments
 from risotto_zoo.models.resnet import OF_THE_START
+from risotto_zoo.models.variants import own_cfg
 
 from . import run_folder
 from .augment import stream
@@ -215,6 +216,9 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
 
 
 def _registered_config(name: str) -> dict[str, Any]:
+    """Of a net of the zoo that of the net itself: what a recipe trains does not depend on what is released."""
+    if own := own_cfg(name.split(".")[0]):
+        return own
     config = get_pretrained_cfg(name.split(".")[0])
     if config is None:
         create_model(name)  # says what is wrong with the name
@@ -541,17 +545,18 @@ def _data_facts(trainer: Trainer) -> list[Any]:
     return json.loads(json.dumps(facts))  # as they come back from a file
 
 
-def _export(trainer: Trainer) -> dict[str, str]:
-    """Write the weights as plain model files; returns their hashes by name."""
+def _export(trainer: Trainer, better: str = "raw") -> dict[str, str]:
+    """Write the weights as plain model files, the better ones under the name that everyone loads; returns their hashes
+    by name."""
     if not trainer.world.main:
         return {}
-    files = {"model.safetensors": trainer.model}
-    if trainer.ema is not None:
-        files["model_ema.safetensors"] = trainer.ema.module
     hashes = {}
-    for name, model in files.items():
+    for kind, model in zip(("raw", "ema"), _nets(trainer), strict=False):
+        name = WEIGHTS if kind == better else f"model_{kind}.safetensors"
         with _writing(trainer.output):
             hashes[name] = save_model(trainer.output, folded_state(model), trainer.config, name)
+    if better == "ema":
+        (trainer.output / "model_ema.safetensors").unlink(missing_ok=True)  # of an earlier epoch
     return hashes
 
 
@@ -562,8 +567,8 @@ def _curves(trainer: Trainer) -> None:
 
 def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None = None) -> dict[str, Any]:
     recipe, world, progress = trainer.recipe, trainer.world, trainer.progress
-    hashes = _export(trainer)
     better = "ema" if averaged is not None and averaged.top1 > result.top1 else "raw"
+    hashes = _export(trainer, better)
     memory = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else _peak_memory()
     results = {
         "finished": True,

@@ -84,14 +84,15 @@ def _take_a_step(optimizer: torch.optim.Optimizer) -> None:
 
 def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
     settings = recipe.optimizer.filled()
-    ends = _ends(model)
+    ends, undecayed = _ends(model), getattr(model, "no_weight_decay", set)()  # timm: such as a ViT's tokens
     kinds: dict[str, list[nn.Parameter]] = {"kernels": [], "ends": [], "vectors": [], "alphas": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if name.endswith("alpha"):
             kind = "alphas"
-        elif parameter.ndim <= 1 or name.endswith(".original1"):  # the gains of weight standardization
+        # original1: the gains of weight standardization
+        elif parameter.ndim <= 1 or name in undecayed or name.endswith(".original1"):
             kind = "vectors"
         else:
             kind = "ends" if name.startswith(ends) else "kernels"

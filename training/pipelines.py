@@ -92,6 +92,8 @@ def resident_sets(data: Data, view: View, progress: bool = True) -> tuple[ImageS
     val = load_set(data.source, False, view, split=data.val_split, **load)
     if train.classes != val.classes:
         raise _other_classes(train.classes, val.classes, data.source)
+    if train.images.shape == val.images.shape and torch.equal(train.images, val.images):
+        raise _same_images(data.source)
     return train, val
 
 
@@ -148,13 +150,35 @@ class Resident:
         return validation_batches(self.val, self.view, self.world)
 
 
+# Arguments of timm's loader that other keys of the recipe, or the run, set for training and validation alike.
+_ELSEWHERE = {
+    "input_size": "data.image_size, data.train_size",
+    "batch_size": "batch_size",
+    "mean": "the model",
+    "std": "the model",
+    "interpolation": "the model",
+    "crop_pct": "data.crop_pct",
+    "crop_mode": "the model",
+    "scale": "augment.crop_scale",
+    "hflip": "augment.flip",
+    "no_aug": "augment",
+    "num_workers": "data.workers",
+    "device": "--device",
+    "use_prefetcher": "--device",
+    "distributed": "torchrun",
+}
+
+
 class Streaming:
     """timm's data sets and loaders with worker processes."""
 
     def __init__(self, recipe: Recipe, view: View, world: World) -> None:
         data = recipe.data
         self.recipe, self.view, self.world = recipe, view, world
-        ours = {"dataset", "input_size", "batch_size", "is_training", "worker_seeding"}
+        for key, place in _ELSEWHERE.items():
+            if key in data.loader:
+                raise UserError(f"data.loader.{key}: {place} decides that")
+        ours = {"dataset", "worker_seeding", "collate_fn", "num_aug_splits", "is_training", *_ELSEWHERE}
         known = inspect.signature(timm.data.create_loader).parameters.keys() - ours
         for key in data.loader:
             if key not in known:
@@ -165,6 +189,10 @@ class Streaming:
         self.val = self._open(False, data.val_split)
         if world.main and world.size > 1 and isinstance(self.val, IterableDataset):
             say(f"validation is approximate: {data.source} is read in order, and its reader shares it out by shards")
+        if isinstance(self.val, Listed):
+            self.val.check()
+            if (files := self.val.source.files) is not None and files == self.train.source.files:
+                raise _same_images(data.source)
         self.classes = self.train_classes
         self.train_size, self.val_size = _images(self.train), _images(self.val)
         self.batch, self.steps_per_epoch = _batch_plan(recipe, self.train_size, world)
@@ -346,6 +374,16 @@ class Listed(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    def check(self) -> None:
+        """Refuse a set without a readable image, which to find takes no longer than the first of them."""
+        for index in range(len(self)):
+            try:
+                self.source.read(index, self.channels)
+                return
+            except UnreadableImage:
+                pass
+        raise UserError(f"none of the {len(self)} validation images can be read")
+
     def __getitem__(self, index: int) -> tuple[Any, int]:
         for step in range(len(self)):
             try:
@@ -383,6 +421,11 @@ def _batch_plan(recipe: Recipe, images: int, world: World) -> tuple[int, int]:
 def _other_classes(train: list[str], val: list[str], source: str) -> UserError:
     differing = sorted(set(train) ^ set(val))
     return UserError(f"{source}: training and validation have different classes, such as {', '.join(differing[:3])}")
+
+
+def _same_images(source: str) -> UserError:
+    """timm reads all of a set's files for a split that has no sub-folder."""
+    return UserError(f"{source}: training and validation have the same images; set data.holdout to keep some apart")
 
 
 def _resized(images: Tensor, size: int) -> Tensor:

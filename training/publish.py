@@ -24,7 +24,7 @@ from risotto_zoo.hub import explained, fetch, patiently
 from risotto_zoo.loading import load
 from risotto_zoo.models import create_model
 
-from .cards import LICENSE, card, read_json
+from .cards import card, read_json
 from .console import say
 from .release import COPIED
 
@@ -72,7 +72,7 @@ def _check_card(folder: Path) -> None:
         metadata = ModelCard.load(path).data.to_dict()
     except Exception as error:  # YAML and the card's schema raise their own kinds
         raise UserError(f"{path}: the card's metadata cannot be read: {str(error).splitlines()[0]}") from None
-    wanted = {"license": LICENSE, "library_name": "timm", "pipeline_tag": "image-classification"}
+    wanted = {"library_name": "timm", "pipeline_tag": "image-classification"}
     for key, value in wanted.items():
         if metadata.get(key) != value:
             raise UserError(

@@ -1,6 +1,7 @@
 """A recipe is one whole experiment as data: YAML, checked against this schema before anything runs."""
 
 import difflib
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from risotto_zoo.errors import UserError, did_you_mean
+from risotto_zoo.models import RisottoResNet
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -50,7 +52,8 @@ class Data(Section):
         description="side of the random crops to train on, image_size if null; smaller is faster (arXiv 1906.06423)",
     )
     stored_size: Count | None = Field(
-        None, description="resident: keep whole images of this side, to crop from; as validation crops them if null"
+        None,
+        description="resident: keep the largest square of each image at this side, to crop from; as validation if null",
     )
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="share of the resized image that validation crops; the model's own if null"
@@ -109,6 +112,14 @@ class Optimizer(Section):
         None, description="factor on the learning rate from each layer to the one before (fine-tuning)"
     )
     options: dict[str, Any] = Field({}, description="further arguments of the optimizer")
+
+    @field_validator("options")
+    @classmethod
+    def _no_others(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key, ours in {"opt": "name", "lr": "lr", "weight_decay": "weight_decay", "momentum": "momentum"}.items():
+            if key in value:
+                raise ValueError(f"{key} is a key of its own, optimizer.{ours}")
+        return value
 
     @field_validator("name")
     @classmethod
@@ -391,7 +402,11 @@ def explain(error: dict[str, Any], schema: type[BaseModel] = Recipe) -> str:
     kind, given = error["type"], error["input"]
     if kind == "extra_forbidden":
         known = _known_keys(schema)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        last = key.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == last] or [
+            *difflib.get_close_matches(key, known, n=1, cutoff=0.6),
+            *([f"model_args.{last}"] if last in inspect.signature(RisottoResNet).parameters else []),
+        ]
         return f"unknown key {key!r}; " + (f"the nearest is {near[0]!r}" if near else "training/README.md lists all")
     if kind == "value_error":
         message = error["msg"].removeprefix("Value error, ")

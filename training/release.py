@@ -30,12 +30,13 @@ from risotto_zoo.isometry import probed_singular_values, signal_map
 from risotto_zoo.models import create_model, parse_name
 from risotto_zoo.models.resnet import OF_THE_START
 
-from .cards import CARDS, DATASETS, card, finetune_figure, read_json, write_pages
+from .cards import CARDS, DATASETS, LICENSE, card, finetune_figure, read_json, write_pages
 from .data import View
 from .distributed import World, choose_device
 from .pipelines import EVAL_BATCH, open_dataset, streamed_batches, validation_batches, validation_set
 from .recipe import Recipe, differences, dump, load_recipe, validate, without_places
 from .run_folder import read_metrics
+from .tables import write_tables
 
 PACKAGE_BYTES = 4_000_000
 REPOSITORY_BYTES = 28 * 2**20
@@ -52,6 +53,7 @@ def release(
     half: bool = False,
     device: str | None = None,
     finetunes: list[tuple[Path, Path]] | None = None,
+    license: str = LICENSE,
 ) -> Path:
     """Write the release of a run and everything that is generated from it; returns its folder.
 
@@ -65,6 +67,7 @@ def release(
         device: Where to evaluate, if `half`.
         finetunes: Pairs of finished runs on other data: from these weights, and from scratch with the same budget.
             If None, those of the release before are kept, unless the weights are new ones.
+        license: Of the weights, as the Hub names it.
 
     Raises:
         UserError: If a run is unfinished or its files do not belong together, or the net is not one that
@@ -117,6 +120,7 @@ def release(
         "dtype": "float16" if half else "float32",
         "location": location,
         "in_zoo": output is None,
+        **({"license": license} if license != LICENSE else {}),
         "bytes": len(data),
         "sha256": sums,
         "evaluation": score,
@@ -131,17 +135,17 @@ def release(
     _replace_folder(folder, results, files)
     if output is None:
         write_pages()
+        write_tables()  # the head of its recipe
     return folder
 
 
 def _finished(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Results and the better weights of a run, verified."""
+    """Results and weights of a run, verified."""
     missing = [name for name in ("results.json", *COPIED) if not (run / name).is_file()]
     if missing or not (results := read_json(run / "results.json")).get("finished"):
         raise UserError(f"{run} holds no finished run; run its training command again to finish it")
-    name = "model_ema.safetensors" if results.get("better") == "ema" else WEIGHTS
-    data = read_verified(run / name, results["sha256"].get(name))
-    return results, read_tensors(data, str(run / name))
+    data = read_verified(run / WEIGHTS, results["sha256"].get(WEIGHTS))
+    return results, read_tensors(data, str(run / WEIGHTS))
 
 
 def _release_before(folder: Path, name: str) -> dict[str, Any]:
@@ -357,10 +361,13 @@ def main() -> None:
         help="finished runs on other data, from these weights and from scratch, for the card",
     )
     parser.add_argument("--output", type=Path, help="folder of a release outside the zoo (default: in model_cards)")
+    parser.add_argument("--license", default=LICENSE, help="of the weights, as the Hub names it (default: %(default)s)")
     parser.add_argument("--half", action="store_true", help="store float16, and evaluate what is stored")
     parser.add_argument("--device", help="where to evaluate with --half (default: cuda where there is one)")
     args = parser.parse_args()
-    folder = release(args.run, args.tag, args.baseline, args.output, args.half, args.device, args.finetune)
+    folder = release(
+        args.run, args.tag, args.baseline, args.output, args.half, args.device, args.finetune, args.license
+    )
     results = read_json(folder / "results.json")
     print(f"{folder}: {results['name']} version {results['version']}, {100 * results['evaluation']['top1']:.2f}% top-1")
     print(f"weights {results['bytes'] / 1e6:.1f} MB, {results['location']}")

@@ -31,6 +31,7 @@ FILES = (
     "results.json",
     "model.safetensors",
     "model_ema.safetensors",
+    "model_raw.safetensors",
     "config.json",
     "metrics.csv",
     "curves.png",

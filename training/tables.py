@@ -17,8 +17,8 @@ from typing import Any
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import write_atomically
 
-from .cards import CARDS, RECORDS, between, duration, read_json, releases
-from .recipe import RECIPES, Recipe, load_recipe, section_of, validate, without_places
+from .cards import CARDS, RECORDS, between, duration, read_json, releases, write_pages
+from .recipe import RECIPES, Recipe, differences, load_recipe, section_of, validate, without_places
 from .report import verdicts
 from .run_folder import a_row_a_line, read_metrics
 
@@ -97,14 +97,14 @@ def reached(name: str) -> str:
     """The line in a recipe's head: what came out of exactly this recipe, from its release or a recorded run."""
     recipe = load_recipe(name)
     for release, result in releases().items():
-        if load_recipe(str(CARDS / release / "recipe.yaml")) == recipe:
+        if not differences(load_recipe(str(CARDS / release / "recipe.yaml")), recipe):
             return _reached(result, result["evaluation"])
     path = RECORDS / f"{name}.json"
     record = read_json(path) if path.is_file() else None
     start = releases().get(recipe.init_from)  # of the weights that it begins with there may be others since
     revision = None if start is None else f"v{start['version']}"
     known = record is not None and record["results"].get("init_revision") == revision
-    if not known or validate(record["recipe"], str(path)) != recipe:
+    if not known or differences(validate(record["recipe"], str(path)), recipe):
         return "Accuracy and time: has not been run."
     return _reached(record["results"], _best(record["results"]))
 
@@ -143,12 +143,23 @@ def pages() -> dict[Path, str]:
     return result
 
 
+def stale_tables() -> dict[Path, str]:
+    """Those of `pages` whose file says something else."""
+    return {path: text for path, text in pages().items() if path.read_text(encoding="utf-8") != text}
+
+
+def write_tables() -> None:
+    for path, text in stale_tables().items():
+        write_atomically(path, text.encode())
+        print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
+
+
 def add(run: Path, sweep: bool) -> None:
     """Copy the numbers of a finished run into training/results (or its sweeps), under the run folder's name;
     its history by columns, to six digits.
 
     Raises:
-        UserError: If the run is not finished.
+        UserError: If the run is not finished, or one of a sweep was judged on test images.
     """
     results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
     rows = read_metrics(run)
@@ -156,6 +167,8 @@ def add(run: Path, sweep: bool) -> None:
         raise UserError(f"{run} holds no finished run")
     history = {key: [_short(row[key]) for row in rows] for key in rows[0]}
     recipe = without_places(load_recipe(str(run / "recipe.yaml")))
+    if sweep and not recipe.data.holdout:
+        raise UserError(f"{run} was judged on test images, but a sweep is on held-out ones; set data.holdout")
     results["data"] = recipe.data.source
     record: dict[str, Any] = {"results": results, "history": history, "recipe": json.loads(recipe.model_dump_json())}
     if sweep:
@@ -203,7 +216,7 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
 
 
 @exits_cleanly
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -213,15 +226,13 @@ def main() -> int:
     args = parser.parse_args()
     for run in args.add:
         add(run, args.sweep)
-    wanted = pages()
-    stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
-    if args.check and stale:
+    if not args.check:
+        if args.add:
+            write_pages()  # the README's results have rows of records, too
+        write_tables()
+    elif stale := stale_tables():
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
         raise UserError(f"stale: {names}; run python -m training.tables")
-    for path in stale:
-        write_atomically(path, wanted[path].encode())
-        print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

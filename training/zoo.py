@@ -27,7 +27,7 @@ from .cards import read_json
 from .console import say
 from .distributed import World, choose_device, cores
 from .engine import DIVERGED, Diverged, Stopped, StopSignals, train
-from .recipe import Recipe, Section, explain, load_recipe
+from .recipe import Recipe, Section, differences, explain, load_recipe
 from .release import release
 
 ROWS = Path(__file__).parent / "zoo.yaml"
@@ -76,7 +76,7 @@ def finished(run: Path, recipe: Recipe) -> bool:
         UserError: If it holds one of another recipe.
     """
     done = (run / "results.json").is_file() and bool(read_json(run / "results.json").get("finished"))
-    if done and load_recipe(str(run / "recipe.yaml")) != recipe:
+    if done and differences(load_recipe(str(run / "recipe.yaml")), recipe):
         raise UserError(f"{run} holds a run of another recipe; move it away, or name another folder with --runs")
     return done
 
@@ -209,10 +209,12 @@ def main() -> int:
 def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
     """Train and release row by row; the exit code. A row that cannot be done does not keep the others from it."""
     codes: list[int] = []
+    done: list[Row] = []
     try:
         if args.jobs == 1:
             for row in rows:
                 codes.append(_row(row, args))
+                done += [] if codes[-1] else [row]
         else:
             for row, failed in trained_at_once(rows, args.jobs, args.runs, args.set, args.device):
                 for name, code in failed.items():
@@ -220,13 +222,14 @@ def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
                     reason = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
                     say(f"{row.recipe} is left out: {reason}")
                 codes += failed.values() or [_row(row, args)]
+                done += [] if codes[-1] else [row]
     except Stopped as stopped:
         say("stopped; the same command goes on from here")
         if time.monotonic() < end:
             codes.append(128 + int(stopped.args[0]))
     if args.collect is not None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left to do is short, and the reason for all before
-        for folder in (folder_of(name, args.runs) for row in rows for name in row.names):
+        for folder in (folder_of(name, args.runs) for row in rows if row not in done for name in row.names):
             if folder.is_dir():
                 collect(folder, args.collect)
     return min(filter(None, codes), default=0)
@@ -245,7 +248,7 @@ def _row(row: Row, args: argparse.Namespace) -> int:
     except Diverged as error:
         say(f"{row.recipe} is left out: {error}")
         return DIVERGED
-    except UserError as error:
+    except (UserError, OSError) as error:
         say(f"error: {row.recipe} is left out: {error}")
         return 2
     return 0

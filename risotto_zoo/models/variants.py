@@ -5,7 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
 
 from risotto_zoo.checkpoints import WEIGHTS, check_state, folder_weights, read_tensors, read_verified
@@ -81,6 +87,12 @@ def _release_cfg(name: str, entry: dict[str, Any]) -> dict[str, Any]:
         "hf_hub_id": f"{repository(name)}@{entry['revision']}",
         **({"file": str(file)} if file is not None else {}),
     }
+
+
+def own_cfg(architecture: str) -> dict[str, Any] | None:
+    """The cfg that a net of this zoo has by itself, whatever was released of it; None for other nets."""
+    cfgs = {f"risotto_{name}{suffix}": cfg for name, *_, cfg in _NETS for suffix in _SUFFIXES}
+    return PretrainedCfg(**_ORIGIN, **cfgs[architecture]).to_dict() if architecture in cfgs else None
 
 
 def _default_cfgs() -> dict[str, dict[str, Any]]:
