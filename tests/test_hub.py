@@ -1190,7 +1190,7 @@ def test_others_choose_the_license_of_their_weights(run, tmp_path, command):
     args = [run, "--tag", "digits", "--output", tmp_path / "out", "--license", "mit"]
     assert command(release.main, *args).code == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "license: mit" in card and "no epoch was chosen by them" in card
+    assert "license: mit" in card and "No epoch was chosen on them" in card
     assert command(publish.main, tmp_path / "out", "--repo-id", "me/net", "--dry-run").code == 0
 
 

@@ -33,14 +33,14 @@ DATASETS = {
         "hub": "uoft-cs/cifar10",
         "split": "test",
         "caveat": "All 60,000 CIFAR-10 images, re-encoded as 32 x 32 JPEG at quality 75 (4:2:0). Compression costs "
-        "detail: the numbers are not comparable with published CIFAR-10 numbers, but with the other rows of the table.",
+        "detail: the numbers can be compared with the other rows of the table, not with published CIFAR-10 numbers.",
     },
     "imagenette224": {
         "title": "Imagenette (2019 split) as 224 px JPEG",
         "hub": "frgfm/imagenette",
         "split": "validation",
-        "caveat": "The 13,394 photos of Imagenette's 2019 split, resized to squares of 224 px and re-encoded as JPEG "
-        "at quality 75: the numbers are not comparable with Imagenette's leaderboard, but with the table's other rows.",
+        "caveat": "The 13,394 photos of Imagenette's 2019 split, resized to squares of 224 px and re-encoded as JPEG at "
+        "quality 75: the numbers can be compared with the other rows of the table, not with Imagenette's leaderboard.",
         "labels": {
             "n01440764": "tench",
             "n02102040": "English springer",
@@ -316,15 +316,15 @@ def _results(result: dict[str, Any]) -> str:
     beside = " The other rows were trained on the same files by the same recipe"
     beside += f", but for {', '.join(keys)}." if keys else "."
     earlier = result["version"] - 1
-    note = f"On {images:,} test images, in float32, after the last epoch; "
+    note = f"On {images:,} test images, in float32, after the last epoch. "
     seen = [f"{earlier} earlier version{'s' if earlier > 1 else ''} of this model"] if earlier else []
     seen += ["other nets of this zoo"] if result["in_zoo"] and _siblings(result["name"]) else []
     note += (
-        f"no epoch was chosen by them, but {' and '.join(seen)} had been tested on them when this one's recipe was made"
+        f"No epoch was chosen on them, but {' and '.join(seen)} had been tested on them when this one's recipe was made"
         if seen
-        else "nothing was chosen by them"
+        else "Nothing was chosen on them"
         if result["in_zoo"]
-        else "no epoch was chosen by them"
+        else "No epoch was chosen on them"
     )
     note += f", but that of raw and averaged weights the {result['weights']} ones were kept." if averaged else "."
     if result["baselines"]:
@@ -393,8 +393,8 @@ def _finetunes(result: dict[str, Any]) -> str:
             f"| {_score(tuned)} | {_score(scratch)} | {tuned['evaluation']['images']:,} images |"
         )
     return "\n".join(rows) + (
-        "\n\nTop-1 on images that were held out, one seed; the runs from scratch are of the same architecture, with "
-        "a start and an optimizer of their own, which need not be those of these weights."
+        "\n\nTop-1 on held-out images, one seed each. The runs from scratch have the same architecture, but a start "
+        "and an optimizer of their own, which need not be those that these weights were trained with."
         "\n\n![Fine-tuning](finetune.png)"
     )
 
@@ -429,15 +429,16 @@ python -m training.train --recipe FOLDER/recipe.yaml --output runs/again
 python -m training.evaluate local-dir:runs/again
 ```
 
-It took {duration(result["train_seconds"])} on {result["hardware"]} \
-({result["train_images_per_second"]:.0f} images/s), begun with {versions}; others need not end with the same weights."""
+Training took {duration(result["train_seconds"])} on {result["hardware"]} \
+({result["train_images_per_second"]:.0f} images/s) and was begun with {versions}; other hardware and versions \
+need not give the same weights."""
 
 
 def _isometry(result: dict[str, Any]) -> str:
     values = result["isometry"]
     return (
         "Before the first step, the Jacobian of the signal of the last feature map (the difference of paired channels) "
-        f"by the image had singular values from {values['smallest']:.7f} to {values['largest']:.7f} "
+        f"with respect to the image had singular values from {values['smallest']:.7f} to {values['largest']:.7f} "
         f"({values['probes']} random probes, float32)."
     )
 
