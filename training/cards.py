@@ -39,7 +39,7 @@ DATASETS = {
         "title": "Imagenette (2019 split) as 224 px JPEG",
         "hub": "frgfm/imagenette",
         "split": "validation",
-        "caveat": "The 13,394 photos of Imagenette's 2019 split, resized to squares of 224 px and re-encoded as JPEG at "
+        "caveat": "The 13,394 photos of Imagenette's 2019 split as squares of 224 px, re-encoded as JPEG at "
         "quality 75: the numbers can be compared with the other rows of the table, not with Imagenette's leaderboard.",
         "labels": {
             "n01440764": "tench",
