@@ -155,9 +155,10 @@ def test_kernels_decay_and_vectors_do_not(model, name, other):
 
 def test_what_timm_says_does_not_decay_does_not():
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=10)
-    optimizer = build_optimizer(net, recipe({"name": "muon", "lr": 0.1, "weight_decay": 0.05}))
-    [group] = [g for g in optimizer.param_groups for p in g["params"] if p is net.pos_embed]
-    assert group["weight_decay"] == 0 and group["use_fallback"]
+    for more in ({}, {"layer_decay": 0.5}):
+        optimizer = build_optimizer(net, recipe({"name": "muon", "lr": 0.1, "weight_decay": 0.05, **more}))
+        [group] = [g for g in optimizer.param_groups for p in g["params"] if p is net.pos_embed]
+        assert group["weight_decay"] == 0 and group["use_fallback"]
 
 
 def test_muon_is_nesterovs_unless_the_recipe_says_otherwise():

@@ -84,7 +84,7 @@ def _take_a_step(optimizer: torch.optim.Optimizer) -> None:
 
 def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
     settings = recipe.optimizer.filled()
-    ends, undecayed = _ends(model), getattr(model, "no_weight_decay", set)()  # timm: such as a ViT's tokens
+    ends, undecayed = _ends(model), _undecayed(model)
     kinds: dict[str, list[nn.Parameter]] = {"kernels": [], "ends": [], "vectors": [], "alphas": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -112,12 +112,19 @@ def _kinds(model: nn.Module, recipe: Recipe) -> list[dict]:
 
 def _layer_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     settings = recipe.optimizer
-    groups = param_groups_layer_decay(model, weight_decay=settings.weight_decay, layer_decay=settings.layer_decay)
+    groups = param_groups_layer_decay(
+        model, settings.weight_decay, no_weight_decay_list=_undecayed(model), layer_decay=settings.layer_decay
+    )
     if _is_muon(settings.name):
         ends = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(_ends(model))}
         for group in groups:
             group["use_fallback"] = any(p.ndim != 4 or id(p) in ends for p in group["params"])
     return [{**group, "lr": settings.lr} for group in groups]
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """What timm says of a net's parameters that are no vectors and do not decay either, such as a ViT's tokens."""
+    return getattr(model, "no_weight_decay", set)()
 
 
 def _ends(model: nn.Module) -> tuple[str, ...]:

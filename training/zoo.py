@@ -214,7 +214,8 @@ def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
         if args.jobs == 1:
             for row in rows:
                 codes.append(_row(row, args))
-                done += [] if codes[-1] else [row]
+                if not codes[-1]:
+                    done.append(row)
         else:
             for row, failed in trained_at_once(rows, args.jobs, args.runs, args.set, args.device):
                 for name, code in failed.items():
@@ -222,7 +223,8 @@ def _work(rows: list[Row], args: argparse.Namespace, end: float) -> int:
                     reason = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
                     say(f"{row.recipe} is left out: {reason}")
                 codes += failed.values() or [_row(row, args)]
-                done += [] if codes[-1] else [row]
+                if not codes[-1]:
+                    done.append(row)
     except Stopped as stopped:
         say("stopped; the same command goes on from here")
         if time.monotonic() < end:
