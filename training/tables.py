@@ -212,6 +212,7 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         "train_side": (recipe.data.train_size, None),
         "options": (recipe.optimizer.options, {}),
         "label_smoothing": (recipe.label_smoothing, 0.0),
+        "ema": (recipe.ema_decay, None),
     }
 
 
