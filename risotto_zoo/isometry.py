@@ -35,7 +35,8 @@ def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: 
 
     Args:
         function: Maps images (B, C, H, W) to vectors (B, D), each image by itself (batch norm: evaluation mode).
-        image: Shape (C, H, W); the Jacobian is taken in its dtype and on its device.
+        image: Shape (C, H, W); the Jacobian is taken in its dtype and on its device. In float32 on a GPU torch lets
+            convolutions run in TF32, with an error of 1e-3; take float64, or torch.backends.cudnn.allow_tf32 = False.
         chunk: Number of columns or rows computed at once.
     Returns:
         min(D, C H W) values on the CPU. Those of columns that are exactly zero are zeros at the end.
