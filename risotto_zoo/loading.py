@@ -48,7 +48,7 @@ def load(name: str, device: str | torch.device = "cpu", revision: str | None = N
         revision: Branch, tag or commit of the Hub repository, for releases and hf-hub names.
 
     Raises:
-        UserError: If there is no such model, it cannot be reached, or its weights do not verify.
+        UserError: If there is no such model, it cannot be reached, its weights do not verify, or it has no classes.
     """
     if revision is not None:
         source, place = parse_name(name)

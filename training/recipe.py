@@ -403,10 +403,10 @@ def explain(error: dict[str, Any], schema: type[BaseModel] = Recipe) -> str:
     if kind == "extra_forbidden":
         known = _known_keys(schema)
         last = key.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == last] or [
-            *difflib.get_close_matches(key, known, n=1, cutoff=0.6),
-            *([f"model_args.{last}"] if last in inspect.signature(RisottoResNet).parameters else []),
-        ]
+        near = [name for name in known if name.rpartition(".")[2] == last]
+        near += difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        if "model_args" in known and last in inspect.signature(RisottoResNet).parameters:
+            near.append(f"model_args.{last}")
         return f"unknown key {key!r}; " + (f"the nearest is {near[0]!r}" if near else "training/README.md lists all")
     if kind == "value_error":
         message = error["msg"].removeprefix("Value error, ")

@@ -89,22 +89,20 @@ def _release_cfg(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_OWN_CFGS = {f"risotto_{name}{suffix}": {**_ORIGIN, **cfg} for name, *_, cfg in _NETS for suffix in _SUFFIXES}
+
+
 def own_cfg(architecture: str) -> dict[str, Any] | None:
     """The cfg that a net of this zoo has by itself, whatever was released of it; None for other nets."""
-    cfgs = {f"risotto_{name}{suffix}": cfg for name, *_, cfg in _NETS for suffix in _SUFFIXES}
-    return PretrainedCfg(**_ORIGIN, **cfgs[architecture]).to_dict() if architecture in cfgs else None
+    return PretrainedCfg(**_OWN_CFGS[architecture]).to_dict() if architecture in _OWN_CFGS else None
 
 
 def _default_cfgs() -> dict[str, dict[str, Any]]:
     """By name and tag; a net with releases goes by their tags alone, the manifest's first being the default."""
     cfgs: dict[str, dict[str, Any]] = {}
-    for name, *_, cfg in _NETS:
-        for suffix in _SUFFIXES:
-            full = f"risotto_{name}{suffix}"
-            releases = {key: entry for key, entry in MANIFEST.items() if key.partition(".")[0] == full}
-            cfgs.update(
-                {key: _release_cfg(key, entry) for key, entry in releases.items()} or {full: {**_ORIGIN, **cfg}}
-            )
+    for name, own in _OWN_CFGS.items():
+        releases = {key: entry for key, entry in MANIFEST.items() if key.partition(".")[0] == name}
+        cfgs.update({key: _release_cfg(key, entry) for key, entry in releases.items()} or {name: own})
     return cfgs
 
 
