@@ -13,13 +13,13 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .creation import create_model
 from .errors import UserError, did_you_mean, exits_cleanly
 from .hub import MANIFEST
 from .images import UnreadableImage, read_image, readable_suffixes
 from .initializers import SCHEMES
 from .isometry import BlockSignal, probed_singular_values, signal_by_block, signal_map, singular_values
 from .loading import load, predict
-from .models import create_model
 
 PROBES = 64
 

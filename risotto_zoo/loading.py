@@ -10,10 +10,10 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from .creation import create_model, parse_name
 from .errors import UserError
 from .hub import MANIFEST, repository
 from .images import UnreadableImage, read_image, to_mode
-from .models import create_model, parse_name
 
 BATCH = 64
 

@@ -119,6 +119,15 @@ def test_imports_run_one_way():
         assert not re.search(r"^(from|import) (timm|torchvision)", text, re.M), path
         known = r"\.\." if path.parent.name == "initializers" else r"\."  # their own folder alone, and nothing
         assert not re.search(rf"^\s*(from|import) (risotto_zoo|{known})", text, re.M), path
+    above = []
+    for name in ("cli", "loading", "creation", "registry", "hub", "checkpoints", "models", "initializers"):
+        paths = (library / name).glob("*.py") if (library / name).is_dir() else [library / f"{name}.py"]
+        for path in paths:
+            inside = r"\.\.|risotto_zoo\." if path.parent != library else r"\."
+            found = re.findall(rf"^\s*from (?:{inside})(\w+)", path.read_text(), re.M)
+            found += re.findall(r"^\s*from \. import (.*)", path.read_text(), re.M) if path.parent == library else []
+            assert not {part for names in found for part in names.split(", ")} & set(above), path
+        above.append(name)
     for path in library.rglob("*.py"):
         assert not re.search(r"^\s*(from|import) training", path.read_text(), re.M), path
 

@@ -27,7 +27,7 @@ def images(model, batch=2, size=None):
 
 def test_the_names():
     assert set(NAMES) == {f"risotto_{net}{suffix}" for net in IMAGENET + CIFAR for suffix in ("", "_c", "_bn")}
-    assert timm.list_models(module="variants") == NAMES
+    assert timm.list_models(module="registry") == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -677,7 +677,7 @@ def test_a_signal_while_the_data_is_read_stops_the_run(command, tmp_path, monkey
     [
         ([], "the same command goes on"),
         (["--overwrite"], "the same command without --overwrite goes on"),
-        (["--set", "resume=never"], "the same command with --resume goes on"),
+        (["--set", "resume=never"], "the same command with --set resume=auto goes on"),
     ],
 )
 def test_how_to_go_on_is_told_as_it_is(options, again, command, tmp_path, monkeypatch):
@@ -693,7 +693,7 @@ def test_how_to_go_on_is_told_as_it_is(options, again, command, tmp_path, monkey
     assert result.code == 143 and again in result.err
     monkeypatch.undo()
     words = again.split()
-    arguments = [word for word in arguments if word != "--overwrite"] + (["--resume"] if "--resume" in words else [])
+    arguments = [word for word in arguments if word != "--overwrite"] + (words[4:6] if "resume=auto" in words else [])
     result = command(train.main, *arguments)
     assert result.code == 0 and "resumed at step" in result.err
 

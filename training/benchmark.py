@@ -34,10 +34,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from tqdm import tqdm
 
+from risotto_zoo.creation import create_model
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.evaluation import full_precision, observe, summarize
 from risotto_zoo.hub import MANIFEST, release_file
-from risotto_zoo.models import create_model
 
 from .data import View, cache_folder, load_set, split_folder
 from .distributed import World, choose_device, cores

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from risotto_zoo.checkpoints import WEIGHTS, model_config, save_model
+from risotto_zoo.creation import create_model, parse_name, saved_arguments
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import Evaluation, evaluate
 from risotto_zoo.hub import MANIFEST
-from risotto_zoo.models import create_model, parse_name, saved_arguments
 from risotto_zoo.models.resnet import OF_THE_START
 from risotto_zoo.models.variants import own_cfg
 

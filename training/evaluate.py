@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from risotto_zoo.creation import create_model
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.evaluation import (
     Calibration,
@@ -37,7 +38,6 @@ from risotto_zoo.evaluation import (
     summarize,
 )
 from risotto_zoo.files import write_atomically
-from risotto_zoo.models import create_model
 
 from .corruptions import CORRUPTIONS, STRENGTHS
 from .data import ImageSet, View, load_set, loader_faults

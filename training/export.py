@@ -22,9 +22,9 @@ from sklearn.datasets import load_sample_images
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
+from risotto_zoo.creation import create_model
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.images import to_mode
-from risotto_zoo.models import create_model
 
 from .data import View, load_set, normalized
 

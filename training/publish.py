@@ -18,11 +18,11 @@ from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from risotto_zoo.checkpoints import WEIGHTS, read_verified
+from risotto_zoo.creation import create_model
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.files import git_sha1, sha256
 from risotto_zoo.hub import explained, fetch, patiently
 from risotto_zoo.loading import load
-from risotto_zoo.models import create_model
 
 from .cards import card, read_json
 from .console import say

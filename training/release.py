@@ -22,12 +22,12 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 from risotto_zoo.checkpoints import WEIGHTS, check_state, read_tensors, read_verified
+from risotto_zoo.creation import create_model, parse_name
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.evaluation import evaluate
 from risotto_zoo.files import sha256, write_atomically
 from risotto_zoo.hub import PACKAGE
 from risotto_zoo.isometry import probed_singular_values, signal_map
-from risotto_zoo.models import create_model, parse_name
 from risotto_zoo.models.resnet import OF_THE_START
 
 from .cards import CARDS, DATASETS, LICENSE, card, finetune_figure, read_json, write_pages

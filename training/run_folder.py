@@ -60,7 +60,9 @@ def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
         if results is not None and results.get("finished"):
             raise UserError(f"{folder} holds a finished run; pass --overwrite to replace it, or another --output")
         if not resume:
-            raise UserError(f"{folder} holds an unfinished run; pass --resume to go on or --overwrite to start again")
+            raise UserError(
+                f"{folder} holds an unfinished run; pass --set resume=auto to go on or --overwrite to start again"
+            )
         changed = differences(load_recipe(str(folder / "recipe.yaml")), recipe)
         if changed and _has_saved(folder):
             raise UserError(

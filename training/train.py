@@ -30,9 +30,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with an unfinished run though the recipe says resume: never"
-    )
     return parser.parse_args()
 
 
@@ -50,14 +47,14 @@ def main() -> int:
         # one may have joined later, so it is enough that one knows.
         moment = launched()
         ours = bool(world.largest(int(moment is not None and begun_since(output, moment))))
-        train(recipe, output, world, args.overwrite and not ours, args.resume or ours)
+        train(recipe, output, world, args.overwrite and not ours, ours)
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         code = DIVERGED
     except Stopped as stopped:
         number = int(stopped.args[0])
         again = "without --overwrite " if args.overwrite else ""
-        again += "with --resume " if recipe.resume == "never" and not args.resume else ""
+        again += "with --set resume=auto " if recipe.resume == "never" else ""
         print(f"stopped by {signal.Signals(number).name}; the same command {again}goes on from here", file=sys.stderr)
         code = 128 + number
     # Any other exception may be this process's alone; leaving the group would then wait for the others, which wait for
