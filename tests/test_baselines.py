@@ -101,6 +101,7 @@ def test_he_and_rezero_have_their_variances():
     rezero = rezero_(timm.create_model("risotto_resnet18"), generator=torch.Generator().manual_seed(0))
     for net, kernel, head in ((he, 2 / (256 * 9), 1 / 512), (rezero, 1 / (3 * 256 * 9), 1 / (3 * 512))):
         assert net.layer3[1].conv1.weight.var().item() == pytest.approx(kernel, rel=0.02)
+        assert not net.layer3[1].conv1.bias.any()
         assert net.fc.weight.var().item() == pytest.approx(head, rel=0.02) and not net.fc.bias.any()
     assert rezero.layer3[1].conv1.weight.abs().max() <= (256 * 9) ** -0.5
 

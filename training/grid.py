@@ -50,7 +50,7 @@ class Tuning(Section):
 
 
 class Claim(Section):
-    text: str = Field(description="what the paper says, in our words")
+    text: str = Field(description="what is claimed, in our words")
     ours: bool = Field(False, description="it is a question of this project, not a claim of the paper")
     measure: Literal["accuracy", "width"] = Field(
         "accuracy", description="what is compared: accuracy, or how many of the varied values are near the best"

@@ -31,10 +31,10 @@ is no longer finite has diverged: it counts as chance, 10%; one that stays at ch
 by epoch show the mean of the seeds that did not diverge, with a band from the worst to the best. "Confirmed" takes a
 95% interval of the difference (Welch) that lies above zero for every comparison of the claim; intervals are not
 adjusted for the number of comparisons, and studies share runs: what two of them say of the same nets is one
-measurement. Where most runs of a side ahead, or of one that is subtracted, did not train (13% at most), there is no
-verdict. Nets have identity skips unless a row says otherwise: RISOTTO's construction for those is this project's, the
-one for projection skips the paper's. The paper trained longer on larger nets and original images: what is not confirmed
-here, at this scale, is not thereby refuted.
+measurement. If most runs of the arm that should be ahead, or of one whose accuracy is subtracted, ended at 13% or less,
+there is no verdict. Nets have identity skips unless a row says otherwise: RISOTTO's construction for those is this
+project's, the one for projection skips the paper's. The paper trained longer on larger nets and original images: what
+is not confirmed here, at this scale, is not thereby refuted.
 """
 MEASURED = {"propagation": propagation, "first_step": first_step}  # without training
 CHANCE = 0.1  # the studies' images are of ten classes

@@ -34,7 +34,7 @@ def sweep_table() -> str:
     for name, record in _records(RECORDS / "sweeps"):
         best = _best(record["results"])
         low, high = best["top1_interval"]
-        settings = ", ".join(f"{key}={value}" for key, value in record["settings"].items())
+        settings = ", ".join(f"{key}={value}" for key, value in _settings(record).items())
         rows.append(
             f"| {name} | {settings} | {100 * best['top1']:.1f}% ({100 * low:.1f} to {100 * high:.1f}) "
             f"| {best['loss']:.3f} | {record['history']['train_loss'][-1]:.3f} |"
@@ -171,16 +171,6 @@ def add(run: Path, sweep: bool) -> None:
         raise UserError(f"{run} was judged on test images, but a sweep is on held-out ones; set data.holdout")
     results["data"] = recipe.data.source
     record: dict[str, Any] = {"results": results, "history": history, "recipe": json.loads(recipe.model_dump_json())}
-    if sweep:
-        record["settings"] = {
-            "model": results["model"],
-            "lr": recipe.optimizer.lr,
-            "other_lr": recipe.optimizer.other_lr,
-            "clip": recipe.clip.value if recipe.clip else None,
-            "images": results["train_images"],
-            "epochs": recipe.epochs,
-            **{key: value for key, (value, usual) in _unusual(recipe).items() if value != usual},
-        }
     target = (RECORDS / "sweeps" if sweep else RECORDS) / f"{run.name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, a_row_a_line(record, "history"))
@@ -193,12 +183,33 @@ def _short(value: float | None) -> float | int | None:
     return int(value) if value.is_integer() else value
 
 
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What tells a run of a sweep from the others."""
+    if "settings" in record:  # of before recipes were recorded
+        return record["settings"]
+    recipe = validate(record["recipe"], "a record of training/results/sweeps")
+    return {
+        "model": record["results"]["model"],
+        "lr": recipe.optimizer.lr,
+        "other_lr": recipe.optimizer.other_lr,
+        "clip": recipe.clip.value if recipe.clip else None,
+        "images": record["results"]["train_images"],
+        "epochs": recipe.epochs,
+        **{key: value for key, (value, usual) in _unusual(recipe).items() if value != usual},
+    }
+
+
 def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
     """What sweeps change now and then, and how it is in the runs that do not say it."""
     return {
+        "data": (Path(recipe.data.source).name, "cifar10-jpeg"),
+        "seed": (recipe.seed, 0),
         "batch": (recipe.batch_size, 128),
         "warmup": (recipe.warmup_epochs, 0.3),
         "model_args": (recipe.model_args, {}),
+        "optimizer": (recipe.optimizer.name, "muon"),
+        "momentum": (recipe.optimizer.momentum, 0.95),
+        "alpha_lr": (recipe.optimizer.alpha_lr, None),
         "weight_decay": (recipe.optimizer.weight_decay, 0.01),
         "other_weight_decay": (recipe.optimizer.other_weight_decay, None),
         "mixup": (recipe.augment.mixup, 0.0),
@@ -207,6 +218,8 @@ def _unusual(recipe: Recipe) -> dict[str, tuple[Any, Any]]:
         "weight_standardization": (recipe.weight_standardization, False),
         "centralize": (recipe.optimizer.centralize, False),
         "amp": (recipe.amp, None),
+        "shift": (recipe.augment.shift, 4),
+        "crop_scale": (recipe.augment.crop_scale, None),
         "cutout": (recipe.augment.cutout, 0),
         "side": (recipe.data.image_size, None),
         "train_side": (recipe.data.train_size, None),

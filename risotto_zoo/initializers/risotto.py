@@ -168,8 +168,8 @@ def risotto_(
             its first pixel alone. In a strided block the skip carries the first pixel, the branch the others, into what
             the skip leaves free. The map then keeps as many dimensions of an image as the widths of skips and branches
             let through (`risotto_resnet18_cifar` and `risotto_resnet50_cifar`: all). Its non-zero singular values are 1
-            for images whose sides are multiples of the total stride, at other sizes some are between 0 and 1. With a
-            max pool, that holds of what is behind it.
+            for images whose sides are multiples of the total stride; at other sizes, with zero padding, some are
+            between 0 and 1. With a max pool, that holds of what is behind it.
     Returns:
         The same model.
     Raises:
