@@ -22,14 +22,23 @@ def signal_map(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The map whose isometry is claimed: images (B, C, H, W) to the signal of the last feature map, flat (B, D).
 
     Works on anything with timm's `forward_features`, and on torchvision's ResNet.
+
+    Raises:
+        ValueError: For any other model, also one that wraps such a net.
     """
     features = getattr(model, "forward_features", None)
     if features is None:
-        parts = [part for name, part in model.named_children() if name not in ("avgpool", "fc")]
-        features = nn.Sequential(*parts)
+        children = dict(model.named_children())
+        if not {"conv1", "layer1"} <= children.keys():
+            raise ValueError(
+                f"{type(model).__name__} has neither timm's forward_features nor the children of torchvision's ResNet; "
+                "if it wraps such a net, pass that (its .module or ._orig_mod)"
+            )
+        features = nn.Sequential(*(part for name, part in children.items() if name not in ("avgpool", "fc")))
     return lambda images: signal(features(images)).flatten(1)
 
 
+@torch.inference_mode(False)
 def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: int = 64) -> Tensor:
     """All singular values of the Jacobian of `function` at one image, exactly, in descending order.
 
@@ -45,6 +54,7 @@ def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: 
     cotangent, which almost surely leaves no other column empty, and are not computed. The rest takes forward-mode
     columns or reverse-mode rows, whichever are fewer.
     """
+    image = image.detach().clone()
     outputs = function(image[None]).shape[1]
     rank_bound = min(outputs, image.numel())
     cotangent = torch.randn(1, outputs, generator=torch.Generator().manual_seed(0), device="cpu").to(image)
@@ -63,6 +73,7 @@ def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: 
     return torch.cat([values, values.new_zeros(rank_bound - len(values))])
 
 
+@torch.inference_mode(False)
 def probed_singular_values(
     function: Callable[[Tensor], Tensor], image: Tensor, probes: int = 16, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -79,6 +90,7 @@ def probed_singular_values(
         generator: CPU generator; seed 0 if None.
     """
     generator = generator or torch.Generator().manual_seed(0)
+    image = image.detach().clone()
     outputs = function(image[None]).shape[1]
     probes = min(probes, outputs, image.numel())
     cotangents = torch.randn(probes, outputs, generator=generator, device="cpu").to(image)

@@ -99,6 +99,8 @@ def _entry_point(name: str, variant: Variant) -> Callable[..., RisottoResNet]:
         for level in range(wanted) if isinstance(wanted, int) else wanted or ():
             if not -levels <= level < levels:
                 raise ValueError(f"out_indices {wanted}: {name} has feature maps 0 (its stem's) to {levels - 1}")
+        if pretrained and not whole:  # what they say of the start is void, and may not even fit the net
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("alpha", "rotated_pairs", "patches")}
         # Every weight is about to be overwritten, so none is drawn; Fixup has parameters of its own, so it is made.
         blank = {"init": None} if whole and kwargs.get("init") != "fixup" else {}
 

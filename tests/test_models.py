@@ -276,7 +276,8 @@ def test_a_head_is_adapted_as_timms_scripts_ask_for_it(options, tmp_path):
         ({"features_only": True, "out_indices": (1, 4)}, r"feature maps 0 \(its stem's\) to 3"),
         ({"features_only": True, "out_indices": 5}, r"feature maps 0 \(its stem's\) to 3"),
         ({"layers": (1, 1), "channels": (16, 32, 64)}, "one to four"),
-        ({"layers": (1,), "channels": (16,)}, "two blocks"),
+        ({"layers": (1,), "channels": (16,)}, "two in all"),
+        ({"layers": (2, 2, 0)}, "at least one block"),
         ({"pretrained": True, "init": "risoto"}, "did you mean 'risotto'"),
         ({"pretrained": True, "rotated_pairs": 0}, "rotated_pairs is 0"),
         ({"pretrained": True, "patches": "no"}, "patches is 'no', not True or False"),
@@ -292,8 +293,19 @@ def test_wrong_options_say_what_is_right(options, message):
 
 
 def test_numbers_of_numpy_are_numbers():
-    model = timm.create_model("risotto_resnet20", alpha=np.float32(0.5), drop_rate=np.float32(0.25))
+    options = {"alpha": np.float32(0.5), "drop_rate": np.float32(0.25), "seed": np.int64(3)}
+    model = timm.create_model("risotto_resnet20", **options)
     assert model.layer1[0].alpha == 0.5 and model.drop_rate == 0.25
+    assert torch.equal(model.conv1.weight, timm.create_model("risotto_resnet20", seed=3).conv1.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 3}, {"features_only": True}])
+def test_the_start_is_void_beside_weights_whatever_else_is_asked(options):
+    plain, started = (
+        timm.create_model("risotto_resnet20.cifar10-jpeg", pretrained=True, **options, **start).state_dict()
+        for start in ({"seed": 0}, {"seed": 0, "alpha": 0.0, "rotated_pairs": 2})
+    )
+    assert plain.keys() == started.keys() and all(torch.equal(plain[key], started[key]) for key in plain)
 
 
 @pytest.mark.parametrize("name", ["risotto_resnet18_bn", "risotto_resnet50_bn", "risotto_resnet20_bn"])

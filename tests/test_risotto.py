@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from risotto_zoo.initializers import he_, risotto_, risotto_head_
 from risotto_zoo.initializers.risotto import identity_basic_block
@@ -146,7 +147,19 @@ def test_similarity_and_norm_are_constant_by_depth_and_he_makes_images_alike():
     with pytest.raises(ValueError, match="two images"):
         signal_by_block(timm.create_model("risotto_resnet20"), torch.randn(1, 3, 32, 32))
     with pytest.raises(ValueError, match="no blocks"):
-        signal_by_block(nn.Sequential(nn.Conv2d(3, 4, 3)), images.float())
+        signal_by_block(timm.create_model("mobilenetv3_small_050").eval(), images.float())
+    wrapped = nn.DataParallel(torchvision.models.resnet18())
+    with pytest.raises(ValueError, match=r"DataParallel has neither .* pass that \(its \.module"):
+        signal_map(wrapped)
+
+
+def test_a_measurement_under_inference_mode_is_the_same():
+    model = timm.create_model("risotto_resnet20", seed=0, dtype=torch.float64).eval()
+    image = torch.randn(3, 8, 8, dtype=torch.float64)
+    for measure in (singular_values, probed_singular_values):
+        values = measure(signal_map(model), image)
+        with torch.inference_mode():
+            assert torch.equal(measure(signal_map(model), image.clone()), values)
 
 
 def test_nets_of_half_precision_are_measured():
@@ -255,9 +268,39 @@ def same_padding(model):
     return model
 
 
+def changed(name, change):
+    model = timm.create_model(name)
+    change(model)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "named", "reason"),
     [
+        (
+            lambda: changed("resnet18", lambda m: prune.random_unstructured(m.layer1[0].conv1, "weight", 0.5)),
+            "layer1.0.conv1",
+            "is computed from others",
+        ),
+        (lambda: changed("resnet18", lambda m: parametrizations.spectral_norm(m.fc)), "fc", "is computed from others"),
+        (
+            lambda: changed("resnet18", lambda m: setattr(m.layer1[0], "conv1", m.layer1[1].conv1)),
+            "layer1.1.conv1",
+            "shares its weight with layer1.0.conv1",
+        ),
+        (
+            lambda: changed("resnet18", lambda m: setattr(m.layer1[1].conv2, "weight", m.layer1[0].conv2.weight)),
+            "layer1.1.conv2",
+            "shares its weight with layer1.0.conv2",
+        ),
+        (lambda: changed("resnet18", lambda m: setattr(m, "act1", nn.Identity())), "conv1", "no ReLU follows"),
+        (lambda: changed("resnet26d", lambda m: m.conv1.__setitem__(2, nn.Identity())), "conv1.0", "no ReLU follows"),
+        (
+            lambda: changed("resnet18", lambda m: setattr(m, "maxpool", nn.Conv2d(64, 64, 3, 2, 1))),
+            "maxpool",
+            "no ReLU follows",
+        ),
+        (lambda: changed("resnet18", lambda m: m.prune_intermediate_layers([0])), "ResNet", "no residual blocks"),
         (lambda: timm.create_model("resnext50_32x4d"), "layer1.0.conv2", "grouped"),
         (lambda: timm.create_model("seresnet50"), "layer1.0.se", "attention"),
         (lambda: timm.create_model("resnetaa50"), "maxpool", "stem"),
@@ -322,6 +365,11 @@ def test_a_head_that_does_not_fit_the_pairs_is_refused_and_left_alone():
 def test_an_alpha_that_the_dtype_cannot_hold_is_refused():
     with pytest.raises(ValueError, match=r"alpha=1e-05 .*float16 cannot hold"):
         timm.create_model("risotto_resnet20", dtype=torch.float16, alpha=1e-5)
+    model = timm.create_model("risotto_resnet20", dtype=torch.float16)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layer1\.0: torch\.float16 cannot hold alpha=100000"):
+        risotto_(model, alpha=1e5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     model = timm.create_model("risotto_resnet20", dtype=torch.float16, alpha=1e-4)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 

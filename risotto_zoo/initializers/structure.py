@@ -55,15 +55,24 @@ def resnet_structure(model: nn.Module) -> ResNetStructure:
     """
     if not isinstance(getattr(model, "layer1", None), nn.Sequential) or not hasattr(model, "conv1"):
         raise ValueError(f"{type(model).__name__} is not a ResNet: it has no 'conv1' and 'layer1' as timm's has")
-    structure = ResNetStructure(stem=list(_stem_convs(model)), blocks=[], head=_head(model), norms=[])
+    structure = ResNetStructure(stem=_stem_convs(model), blocks=[], head=_head(model), norms=[])
     for stage in _stage_names(model):
         for index, block in enumerate(getattr(model, stage)):
             structure.blocks.append(_read_block(f"{stage}.{index}", block))
+    if not structure.blocks:
+        raise ValueError(f"{type(model).__name__} has no residual blocks in layer1, layer2, ...")
     structure.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     known = {id(layer) for layer in [*structure.convs, structure.head]}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and id(module) not in known:
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            continue
+        if id(module) not in known:
             raise ValueError(f"{name}: a {type(module).__name__} outside stem, blocks and 'fc' is no part of a ResNet")
+        if "weight" not in module._parameters:
+            raise ValueError(f"{name}: its weight is computed from others, by pruning or normalizing it, say")
+        if (owner := owners.setdefault(id(module.weight), name)) != name:
+            raise ValueError(f"{name}: shares its weight with {owner}")
     return structure
 
 
@@ -85,21 +94,30 @@ def check_arguments(structure: ResNetStructure, alpha: float, generator: torch.G
     for block in structure.blocks:
         if block.gain is None and alpha != 1:
             raise ValueError(f"{block.name}: has neither an alpha nor a normalization weight to hold alpha={alpha}")
+        if block.gain is not None and abs(alpha) > torch.finfo(block.gain.dtype).max:
+            raise ValueError(f"{block.name}: {block.gain.dtype} cannot hold alpha={alpha}")
 
 
 def _stage_names(model: nn.Module) -> list[str]:
     return [name for name in (f"layer{i}" for i in range(1, 10)) if hasattr(model, name)]
 
 
-def _stem_convs(model: nn.Module) -> Iterator[nn.Conv2d]:
+def _stem_convs(model: nn.Module) -> list[nn.Conv2d]:
     known = (nn.Conv2d, nn.Sequential, nn.ReLU, nn.MaxPool2d, *_NORMS)
+    convs, bare, last = [], set(), ""
     for part in ("conv1", "bn1", "act1", "relu", "maxpool"):
         for name, module in getattr(model, part, nn.Identity()).named_modules(prefix=part):
             if type(module) not in known:
                 raise ValueError(f"{name}: a {type(module).__name__} in the stem cannot be initialized exactly")
             if isinstance(module, nn.Conv2d):
                 _check_conv(name, module, input_pairs=part != "conv1" or module is not _first_conv(model))
-                yield module
+                convs.append(module)
+                bare.add(last := name)
+            elif isinstance(module, nn.ReLU):
+                bare.discard(last)
+    if bare:
+        raise ValueError(f"{min(bare)}: no ReLU follows this convolution of the stem")
+    return convs
 
 
 def _first_conv(model: nn.Module) -> nn.Module:

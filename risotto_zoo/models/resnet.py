@@ -78,10 +78,10 @@ class RisottoResNet(timm_resnet.ResNet):
             if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
                 raise ValueError(f"{key} is {rate!r}, not a number from 0 to below 1")
         check_choice("output_stride", output_stride, (8, 16, 32) if stem == "imagenet" else (1, 2, 4, 8, 16, 32))
-        if not 0 < len(layers) == len(channels) <= 4 or sum(layers) < 2:
+        if not 0 < len(layers) == len(channels) <= 4 or min(layers) < 1 or sum(layers) < 2:
             raise ValueError(
                 f"layers {tuple(layers)} and channels {tuple(channels)}: one number each for every stage is needed, "
-                "for one to four stages with at least two blocks in all"
+                "for one to four stages of at least one block, two in all"
             )
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -145,7 +145,7 @@ class RisottoResNet(timm_resnet.ResNet):
         """Initialize all weights by the scheme and its arguments that the net was made with."""
         if self.conv1.weight.is_meta or self.init is None:
             return
-        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        generator = None if self.seed is None else torch.Generator().manual_seed(int(self.seed))
         more = {"rotated_pairs": self.rotated_pairs, "patches": self.patches} if self.init == "risotto" else {}
         SCHEMES[self.init](self, self.alpha_init, generator, **more)
 
@@ -156,6 +156,7 @@ class RisottoResNet(timm_resnet.ResNet):
         self.num_classes = num_classes
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=pool, **like)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
         self.fc.train(self.training)
         if num_classes > 0:
             risotto_head_(self.fc, self.num_features)
@@ -229,7 +230,10 @@ def check_start(
     check_options(rotated_pairs, patches)
     for key, given in (("rotated_pairs", rotated_pairs is not None), ("patches", patches)):
         if given and init not in ("risotto", None):
-            raise ValueError(f"{key} is of init='risotto', not of {init!r}; leave it out")
+            raise ValueError(
+                f"{key} is of init='risotto', not of {init!r}; leave it out, or, if a saved model brings it, take "
+                "the net by its architecture's name"
+            )
     if seed is not None and not (isinstance(seed, numbers.Integral) and -(2**63) <= seed < 2**64):
         raise ValueError(f"seed is {seed!r}, not a whole number from -2**63 to 2**64 - 1")
 
