@@ -65,17 +65,24 @@ def corrupt_all(folder):
         path.write_bytes(b"not a picture")
 
 
+def stray(place):
+    place.mkdir(exist_ok=True)
+    shutil.copy(next(place.parent.rglob("*.jpg")), place / "000.jpg")
+
+
 BROKEN = [
     (lambda folder: shutil.rmtree(folder), "does not exist"),
     (empty, "holds no images"),
     (lambda folder: shutil.rmtree(folder / "train" / "church"), "one class only (flower)"),
     (lambda folder: shutil.rmtree(folder / "train"), "no sub-folder train"),
-    (lambda folder: shutil.rmtree(folder / "val"), "no sub-folder val"),
+    (lambda folder: shutil.rmtree(folder / "val"), "to validate on (training: or set data.holdout"),
     (
         lambda folder: (folder / "val" / "flower").rename(folder / "val" / "tree"),
         "different classes, such as flower, tree",
     ),
     (corrupt_all, "none of the 48 images"),
+    (lambda folder: stray(folder / "train"), "train/000.jpg lies in no class folder"),
+    (lambda folder: stray(folder / "train" / "church" / ".hidden"), ".hidden/000.jpg lies in no class folder"),
 ]
 
 

@@ -303,7 +303,10 @@ def test_runs_on_different_data_are_not_compared(tmp_path, photo_folder, command
     models = [f"local-dir:{tmp_path / name}" for name in "ab"]
     result = command(command_line.main, *models, "--device", "cpu")
     assert result.code == 2 and "saw different images" in result.err and "Traceback" not in result.err
-    assert "on 16 images" in result.out and "on 6 images" in result.out
+    assert not result.out  # before any of them is evaluated
+    for place, words in ((tmp_path, "is a folder"), (tmp_path / "a" / "config.json" / "x", "cannot be written")):
+        result = command(command_line.main, *models, "--device", "cpu", "--data", photo_folder, "--json", place)
+        assert result.code == 2 and words in result.err and not result.out
 
 
 def test_runs_on_other_images_are_not_compared_though_their_labels_agree(photo_folder, command, tmp_path):

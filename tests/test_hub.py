@@ -1195,6 +1195,11 @@ def test_others_choose_the_license_of_their_weights(run, tmp_path, command):
     assert command(release.main, *args).code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit" in card and "No epoch was chosen on them" in card
+    with pytest.raises(UserError, match="give its identifier on the Hub"):
+        release.release(run, "digits", [], output=tmp_path / "other", license="my: license\nx")
+    release.release(run, "mine", [], output=tmp_path / "mine")  # nobody knows what those images are to others
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "On 360 validation images" in card and "split: validation" in card and "test images" not in card
     assert command(publish.main, tmp_path / "out", "--repo-id", "me/net", "--dry-run").code == 0
 
 

@@ -1,5 +1,7 @@
 """Recipes are data: whatever is wrong with one is told in one line that names the key and the mend."""
 
+import json
+
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -50,6 +52,25 @@ def test_what_is_wrong_is_named(recipe, sets, words):
 def test_numbers_with_exponents_are_numbers():
     assert load_recipe("digits", ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3
     assert load_recipe("digits", ["optimizer.lr=2.5e-4"]).optimizer.lr == 2.5e-4
+
+
+@pytest.mark.parametrize("place", ["/tmp/photos #1", "2024", "a: b", "[x]", "~", "no", "yes it's"])
+def test_names_and_paths_are_taken_as_they_are(place):
+    recipe = load_recipe("digits", [f"data.source={place}", f"data.root={place}"])
+    assert recipe.data.source == recipe.data.root == place
+    assert load_recipe("digits", [f"data.source={json.dumps(place)}"]).data.source == place
+
+
+def test_null_is_none_where_a_name_may_be_left_out():
+    assert load_recipe("digits", ["data.root=x", "data.root=null"]).data.root is None
+    assert load_recipe("digits", ["data={root: null}"]).data.root is None
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("epochs: 3\noptimizer: {lr: 0.5}\nseed: 1\noptimizer:\n  momentum: 0.5\n")
+    with pytest.raises(UserError, match=r"twice\.yaml, line 4: the key 'optimizer' stands twice"):
+        load_recipe(str(path))
 
 
 def test_base_is_merged_key_by_key(tmp_path):

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 import yaml
 
 from risotto_zoo.errors import UserError
+from risotto_zoo.evaluation import Outcomes, wilson_interval
 from risotto_zoo.evaluation import evaluate as evaluate_net
-from risotto_zoo.evaluation import wilson_interval
 from risotto_zoo.models.variants import own_cfg
 from training import engine, evaluate, release, run_folder, train
 from training.cuda_graph import WARMUP
@@ -301,17 +301,85 @@ def test_new_states_are_kept_although_later_damaged_ones_lie_there(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_run_is_not_resumed_on_other_images(photo_folder, tmp_path, command):
+def one_image_less(folder):
+    (folder / "train" / "church" / "000.jpg").unlink()
+
+
+def one_to_validate_on_less(folder):
+    (folder / "val" / "church" / "000.jpg").unlink()
+
+
+def other_classes(folder):
+    for old, new in (("church", "x"), ("flower", "church"), ("x", "flower")):
+        (folder / "train" / old).rename(folder / "train" / new)
+
+
+def one_under_another_name(folder):
+    (folder / "train" / "church" / "000.jpg").rename(folder / "train" / "church" / "zzz.jpg")
+
+
+STREAMED = ["data.pipeline=streaming", "data.workers=0", "augment={crop_scale: [0.5, 1.0]}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "more"),
+    [
+        (one_image_less, []),
+        (one_to_validate_on_less, []),
+        (other_classes, []),
+        (one_under_another_name, STREAMED),
+    ],
+)
+def test_a_run_is_not_resumed_on_other_images(change, more, photo_folder, tmp_path, command):
     folder = tmp_path / "photos"
     shutil.copytree(photo_folder, folder)
-    settings = ["data.image_size=16", "batch_size=8", "epochs=2", "warmup_epochs=0", f"data.source={folder}"]
+    settings = ["data.image_size=16", "batch_size=8", "epochs=2", "warmup_epochs=0", f"data.source={folder}", *more]
     options = [word for setting in settings for word in ("--set", setting)]
     arguments = ["--recipe", "digits", *options, "--output", tmp_path / "run", "--device", "cpu"]
     assert command(train.main, *arguments).code == 0
     (tmp_path / "run" / "results.json").unlink()
-    (folder / "train" / "church" / "000.jpg").unlink()
+    change(folder)
     result = command(train.main, *arguments)
     assert result.code == 2 and "have changed since" in result.err
+
+
+def test_a_state_of_before_images_were_known_by_their_contents_is_resumed(tmp_path, command, monkeypatch):
+    options = ["--recipe", "digits", *TINY, "--output", tmp_path / "run"]
+    facts = engine._data_facts
+    monkeypatch.setattr(engine, "_data_facts", lambda trainer: facts(trainer)[:4])
+    assert here(command, *options).code == 0
+    (tmp_path / "run" / "results.json").unlink()
+    monkeypatch.undo()
+    result = here(command, *options)
+    assert result.code == 0 and "resumed at step" in result.err
+
+
+def test_a_net_that_cannot_take_the_images_costs_nothing_that_was_there(tmp_path, command):
+    options = ["--recipe", "digits", *TINY, "--output", tmp_path / "run"]
+    assert here(command, *options).code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for change, words in (("model=vgg11", "vgg11"), ('model_args={global_pool: ""}', "risotto_resnet20")):
+        result = here(command, *options, "--set", change, "--set", "optimizer.name=adamw", "--overwrite")
+        assert result.code == 2 and f"{words} makes nothing of images of 8 px (" in result.err, result.err
+        assert "Traceback" not in result.err and {path: path.read_bytes() for path in before} == before
+
+
+def test_agc_spares_every_head_of_a_net_with_two(tmp_path, command):
+    net = "model_args={img_size: 8, patch_size: 4, depth: 1}"
+    settings = ["model=deit_tiny_distilled_patch16_224", net, "clip={mode: agc, value: 0.1}", "optimizer.name=adamw"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    result = here(command, "--recipe", "digits", *TINY, *options, "--output", tmp_path / "run")
+    assert result.code == 0, result.err
+    assert "evaluate  python" in result.err and "training.release" not in result.err  # which takes this zoo's alone
+
+
+def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path, recwarn):
+    row = dict.fromkeys(("epoch", "train_loss", "val_loss", "train_top1", "val_top1"), 1.0)
+    run_folder.write_curves(tmp_path, [row], "net on pics $_$ x 猫")
+    said = torch.arange(2)
+    outcomes = Outcomes(said, said, said.float(), said > 0, said.float(), 2, 1.0)
+    assert run_folder.png(evaluate.confusion_matrix(outcomes, ["a$_$b", "c"]))
+    assert (tmp_path / "curves.png").stat().st_size and not recwarn.list
 
 
 def test_a_run_is_not_resumed_on_images_prepared_otherwise(command, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from risotto_zoo.files import sha256, write_atomically
 from risotto_zoo.hub import DEFAULT_ORGANIZATION, PACKAGE
 
 from .recipe import Recipe, load_recipe
-from .run_folder import png, version_of
+from .run_folder import literal, png, version_of
 
 ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
@@ -157,16 +157,17 @@ def card(folder: Path, repo_id: str | None = None) -> str:
     other = {
         "title": tag,
         "hub": None,
-        "split": "test",
+        "split": "validation",
         "caveat": f"The images in `{result['data']}`, as the recipe names them.",
     }
     data = DATASETS.get(tag, other)
+    judged = "test" if tag in DATASETS else "validation"  # what only a person can say of other people's images
     parts = [
         f"---\n{_metadata(name, result, data).to_yaml()}\n---",
         f"# {name}",
         _what(model, result, config, data),
         "## Results",
-        _results(result),
+        _results(result, judged),
         f"**Data.** {data['caveat']}{_subset(result, recipe)}",
         "## Use",
         _use(repo_id, config, result),
@@ -179,7 +180,7 @@ def card(folder: Path, repo_id: str | None = None) -> str:
     ]
     if result["isometry"] is not None:
         parts += ["## At initialization", _isometry(result)]
-    parts += ["## Limits", _limits(result, config), "## Source", _SOURCE]
+    parts += ["## Limits", _limits(result, config, judged), "## Source", _SOURCE]
     return "\n\n".join(parts) + "\n"
 
 
@@ -299,7 +300,7 @@ def _what(model: str, result: dict[str, Any], config: dict[str, Any], data: dict
     )
 
 
-def _results(result: dict[str, Any]) -> str:
+def _results(result: dict[str, Any], judged: str) -> str:
     rows = [
         "| model | top-1 (95% interval) | top-5 | loss | epochs, seed | training |",
         "|---|---|---|---|---|---|",
@@ -316,7 +317,7 @@ def _results(result: dict[str, Any]) -> str:
     beside = " The other rows were trained on the same files by the same recipe"
     beside += f", but for {', '.join(keys)}." if keys else "."
     earlier = result["version"] - 1
-    note = f"On {images:,} test images, in float32, after the last epoch. "
+    note = f"On {images:,} {judged} images, in float32, after the last epoch. "
     seen = [f"{earlier} earlier version{'s' if earlier > 1 else ''} of this model"] if earlier else []
     seen += ["other nets of this zoo"] if result["in_zoo"] and _siblings(result["name"]) else []
     note += (
@@ -407,7 +408,7 @@ def finetune_figure(finetunes: list[dict[str, Any]]) -> bytes:
         for side, label in (("tuned", "from these weights"), ("scratch", "from scratch")):
             points = [(i, 100 * value) for i, value in enumerate(sides[side]["by_epoch"], 1) if value is not None]
             axes.plot(*zip(*points, strict=True), ".-", label=label)
-        axes.set(xlabel="epoch", ylabel="top-1 (%)", title=f"{Path(sides['tuned']['data']).name}")
+        axes.set(xlabel="epoch", ylabel="top-1 (%)", title=literal(Path(sides["tuned"]["data"]).name))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return png(figure)
@@ -443,12 +444,12 @@ def _isometry(result: dict[str, Any]) -> str:
     )
 
 
-def _limits(result: dict[str, Any], config: dict[str, Any]) -> str:
+def _limits(result: dict[str, Any], config: dict[str, Any], judged: str) -> str:
     again = sum(row["model"] == result["model"] and row.get("differs") == ["seed"] for row in result["baselines"])
     seeds = f"{1 + again} seeds were trained, of which this is one" if again else "One seed was trained"
     return (
         f"It knows {config['num_classes']} classes and answers with one of them whatever it is shown. {seeds}; "
-        "the interval above is that of the test images, not of training. It has not been tested for "
+        f"the interval above is that of the {judged} images, not of training. It has not been tested for "
         "robustness or bias, its confidence has not been calibrated, and it is meant for research."
     )
 

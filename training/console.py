@@ -26,8 +26,8 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     )
 
 
-def summary(folder: Path, results: dict[str, Any]) -> str:
-    """What came out of a finished run, and what to do with it."""
+def summary(folder: Path, results: dict[str, Any], ours: bool) -> str:
+    """What came out of a finished run, and what to do with it; only one of `ours` can be released."""
     best = results[results.get("better", "raw")]
     low, high = best["top1_interval"]
     lines = [
@@ -43,8 +43,9 @@ def summary(folder: Path, results: dict[str, Any]) -> str:
         f"curves    {folder / 'curves.png'}",
         f"load      timm.create_model('local-dir:{folder}', pretrained=True)  # after import timm, risotto_zoo",
         f"evaluate  python -m training.evaluate local-dir:{folder}",
-        f"release   python -m training.release {folder} --tag DATA --output FOLDER",
     ]
+    if ours:
+        lines.append(f"release   python -m training.release {folder} --tag DATA --output FOLDER")
     return "\n".join(lines)
 
 

@@ -171,6 +171,13 @@ class Source:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def listing(self) -> str:
+        """Checksum of the files' names within the folder and of their classes; of the number of images elsewhere."""
+        names = [len(self)]
+        if self.dataset is None:
+            names = [(os.path.relpath(file, self.name), target) for file, target in self.samples]
+        return hashlib.blake2b(json.dumps(names).encode(), digest_size=16).hexdigest()
+
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
         """An image, in mode L for one channel and RGB else, and the index of its class.
 
@@ -222,6 +229,10 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
     if len(classes) < 2:
         only = f" ({classes[0]})" if classes[0] else ""  # images that lie in the folder itself have no name
         raise UserError(f"{folder} has one class only{only}; it needs a sub-folder for each of two or more")
+    for name in classes:
+        if not name or name.startswith("."):  # an image beside the class folders, or what a tool keeps to itself
+            path = next(path for path, target in reader.samples if classes[target] == name)
+            raise UserError(f"{path} lies in no class folder, but would be of a class {name!r}; move it away")
     files = [path for path, _ in reader.samples]
     return Source(str(folder), list(reader.samples), classes, files=files, skipped=_other_kinds(folder))
 
@@ -284,7 +295,8 @@ def split_folder(folder: Path, training: bool, split: str | None = None) -> Path
             f"{folder} has no sub-folder train; it needs train and val (or test), one folder a class in each"
         )
     if (folder / "train").is_dir():
-        raise UserError(f"{folder} has no sub-folder {', '.join(VALIDATION_FOLDERS)} to validate on")
+        names = ", ".join(VALIDATION_FOLDERS)
+        raise UserError(f"{folder} has no sub-folder {names} to validate on (training: or set data.holdout=0.1)")
     return folder
 
 
@@ -472,21 +484,22 @@ def _read_cache(key: str) -> ImageSet | None:
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts = json.loads(file.metadata()["facts"])
-            checksum = facts.pop("checksum")
+            stated = facts.pop("checksum")
             images = ImageSet(file.get_tensor("images"), file.get_tensor("targets"), **facts)
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
         return None  # absent or not whole: decode again
-    return images if checksum == _checksum(images) else None
+    return images if stated == checksum(images) else None
 
 
-def _checksum(images: ImageSet) -> str:
+def checksum(images: ImageSet) -> str:
+    """Of the images and their targets."""
     digest = hashlib.blake2b(images.images.numpy(), digest_size=16)
     digest.update(images.targets.numpy())
     return digest.hexdigest()
 
 
 def _write_cache(key: str, images: ImageSet) -> None:
-    facts = {"classes": images.classes, "unreadable": images.unreadable, "checksum": _checksum(images)}
+    facts = {"classes": images.classes, "unreadable": images.unreadable, "checksum": checksum(images)}
     tensors = {"images": images.images, "targets": images.targets}
     temporary = None
     try:

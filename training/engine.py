@@ -26,7 +26,7 @@ from risotto_zoo.creation import create_model, parse_name, saved_arguments
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import Evaluation, evaluate
 from risotto_zoo.hub import MANIFEST
-from risotto_zoo.models.resnet import OF_THE_START
+from risotto_zoo.models.resnet import OF_THE_START, RisottoResNet
 from risotto_zoo.models.variants import own_cfg
 
 from . import run_folder
@@ -141,13 +141,19 @@ def _enough_memory() -> Iterator[None]:
 
 @contextmanager
 def _writing(
-    output: Path, rest: str = "the last good state is kept. Make room; the same command, without --overwrite, goes on"
+    output: Path, rest: str = "{kept}. Make room; the same command, without --overwrite, goes on"
 ) -> Iterator[None]:
     """A full disk or a folder gone read-only, in one line."""
     try:
         yield
     except OSError as error:
+        rest = rest.format(kept=_kept(output))
         raise UserError(f"{output} could not be written ({error.strerror or error}); {rest}") from None
+
+
+def _kept(output: Path) -> str:
+    folder = output / "state"
+    return f"the last good state is kept in {folder}" if any(folder.glob("step-*.json")) else "no state was saved yet"
 
 
 def build(recipe: Recipe, output: Path, world: World) -> Trainer:
@@ -196,6 +202,7 @@ def build(recipe: Recipe, output: Path, world: World) -> Trainer:
     if recipe.sync_bn and world.size > 1:
         model = convert_sync_batchnorm(model)
     model.to(world.device, memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
+    _try(model, recipe, view, classes, world.device)
     optimizer = build_optimizer(model, recipe, capturable=_graphed(recipe, world))
     arguments = {**saved_arguments(recipe.init_from), **args}
     return Trainer(
@@ -248,6 +255,25 @@ def _view(recipe: Recipe, config: dict[str, Any]) -> View:
             f"or model_args.img_size={side} to make it for these"
         )
     return View.of({**resolved, "input_size": (channels, side, side), "crop_pct": crop})
+
+
+@torch.no_grad()
+def _try(model: nn.Module, recipe: Recipe, view: View, classes: int, device: torch.device) -> None:
+    """Refuse a net that makes nothing of the images, before anything that the output folder holds is replaced."""
+    name, side = recipe.init_from or recipe.model, view.input_size[1]
+    model.eval()
+    for size in {recipe.data.train_size or side, side}:
+        try:
+            logits = model(torch.zeros(1, view.input_size[0], size, size, device=device))
+            if logits.shape != (1, classes):
+                raise ValueError(f"it gives values of shape {tuple(logits.shape)} for {classes} classes")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # each net has its own way to fail
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{name} makes nothing of images of {size} px ({reason}); set data.image_size, or another model"
+            ) from None
 
 
 def _graphed(recipe: Recipe, world: World) -> bool:
@@ -389,8 +415,10 @@ def _update(trainer: Trainer, module: nn.Module, images: Tensor, targets: Tensor
     if recipe.clip is not None:
         trainer.scaler.unscale_(trainer.optimizer)
         # AGC leaves the classifier alone (arXiv 2102.06171): one that starts at zero would stay there.
-        head = list(trainer.model.get_classifier().parameters()) if recipe.clip.mode == "agc" else []
-        parameters = [p for p in trainer.model.parameters() if p.grad is not None and all(p is not q for q in head)]
+        head = trainer.model.get_classifier() if recipe.clip.mode == "agc" else ()
+        heads = head if isinstance(head, tuple) else (head,)
+        spared = {id(parameter) for part in heads for parameter in part.parameters()}
+        parameters = [p for p in trainer.model.parameters() if p.grad is not None and id(p) not in spared]
         dispatch_clip_grad(parameters, recipe.clip.value, mode=recipe.clip.mode)
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
@@ -450,11 +478,9 @@ def _check_finite(trainer: Trainer, bad_step: Tensor) -> None:
         return
     trainer.scheduler.step_update(step)
     rate = trainer.optimizer.param_groups[0]["lr"]
-    folder = trainer.output / "state"
-    kept = f"the last good state is kept in {folder}" if any(folder.glob("step-*.json")) else "no state was saved yet"
     raise Diverged(
         f"the loss is not finite at step {step} (epoch {step // trainer.pipeline.steps_per_epoch + 1}, learning rate "
-        f"{rate:.3g}); {kept}. Usual mends: a smaller optimizer.lr, a longer warmup_epochs, "
+        f"{rate:.3g}); {_kept(trainer.output)}. Usual mends: a smaller optimizer.lr, a longer warmup_epochs, "
         "clip: {mode: norm, value: 1}, amp: null"
     )
 
@@ -507,7 +533,7 @@ def _resume(trainer: Trainer) -> None:
         if trainer.world.main:
             say("no state verifies; starting again from the beginning")
         return
-    if facts["data"] != _data_facts(trainer):
+    if facts["data"] != _data_facts(trainer)[: len(facts["data"])]:  # older states know less of the images
         raise UserError(
             f"the images or classes of {trainer.recipe.data.source}, or the size, crop, mean and deviation with which "
             f"the net sees them, have changed since {trainer.output} was begun; pass --overwrite to start again"
@@ -541,7 +567,7 @@ def _check_agreement(trainer: Trainer, step: int) -> None:
 
 def _data_facts(trainer: Trainer) -> list[Any]:
     pipeline = trainer.pipeline
-    facts = [pipeline.train_size, pipeline.steps_per_epoch, pipeline.classes, asdict(trainer.view)]
+    facts = [pipeline.train_size, pipeline.steps_per_epoch, pipeline.classes, asdict(trainer.view), pipeline.contents]
     return json.loads(json.dumps(facts))  # as they come back from a file
 
 
@@ -592,7 +618,8 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None = 
             run_folder.write_metrics(trainer.output, progress.history)  # it may have been stopped before it was
             _curves(trainer)
             run_folder.write_results(trainer.output, results)
-        say(summary(trainer.output, results))
+        ours = isinstance(trainer.model, RisottoResNet) and not recipe.data.holdout
+        say(summary(trainer.output, results, ours))
     world.barrier()
     return results
 

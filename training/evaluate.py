@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -45,7 +46,7 @@ from .distributed import World, choose_device, compiling
 from .export import SUFFIXES, load_exported
 from .pipelines import EVAL_BATCH, eval_batch, open_dataset, streamed_batches, validation_batches, validation_set
 from .recipe import Data, load_recipe
-from .run_folder import png
+from .run_folder import literal, png
 
 Net = Callable[[Tensor], Tensor]
 DAMAGED_AT_ONCE = 1000
@@ -119,12 +120,18 @@ def main() -> None:
     device = choose_device(args.device)
     sets: dict[tuple[View, str], ImageSet | Streamed] = {}
     observed: dict[str, Outcomes] = {}
-    judged_on: dict[str, tuple] = {}
     reports = []
+    first = args.model[0]
+    data_of = {name: None if args.data is not None else _data_of_run(name, args) for name in args.model}
+    for name, data in data_of.items():
+        if _images_of(data) != _images_of(data_of[first]):
+            raise _other_images(first, name)
+    for path in (args.json, args.csv):
+        if path is not None:
+            _check_place(path)
     for name in args.model:
         net, view, classes, labels = load(name, args, device)
-        data = None if args.data is not None else _data_of_run(name, args)
-        judged_on[name] = _images_of(data)
+        data = data_of[name]
         if (view, repr(data)) not in sets:
             sets[view, repr(data)] = _images(data, args, view)
             _tell_unreadable(sets[view, repr(data)])
@@ -143,16 +150,13 @@ def main() -> None:
             _print_robustness(reports[-1])
         if args.figures is not None:
             _draw(args.figures, name, observed[name], images.classes)
-    first = args.model[0]
     if len(args.model) > 1:
         _print_table(reports)
     for other in args.model[1:]:
         try:
-            if judged_on[first] != judged_on[other]:
-                raise ValueError
             comparison = compare(observed[first], observed[other])
         except ValueError:
-            raise UserError(f"{first} and {other} saw different images; name one set for both with --data") from None
+            raise _other_images(first, other) from None
         reports.append({"first": first, "second": other, **asdict(comparison)})
         low, high = comparison.interval
         print(
@@ -163,6 +167,10 @@ def main() -> None:
         _write(args.json, json.dumps(reports, indent=2) + "\n")
     if args.csv is not None:
         _write(args.csv, _csv(reports))
+
+
+def _other_images(first: str, other: str) -> UserError:
+    return UserError(f"{first} and {other} saw different images; name one set for both with --data")
 
 
 def load(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Net, View, int, list[str] | None]:
@@ -416,8 +424,9 @@ def confusion_matrix(outcomes: Outcomes, classes: list[str]) -> Figure:
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= 40:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        names = [literal(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90)
+        axes.set_yticks(range(len(classes)), names)
     if len(classes) <= 20:
         for row in range(len(classes)):
             for column in range(len(classes)):
@@ -426,6 +435,18 @@ def confusion_matrix(outcomes: Outcomes, classes: list[str]) -> Figure:
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set(xlabel="predicted", ylabel="true", title="share of each true class (%)")
     return figure
+
+
+def _check_place(path: Path) -> None:
+    """Before minutes are spent on what is to be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
 
 
 def _write(path: Path, content: str | bytes) -> None:

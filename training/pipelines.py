@@ -25,6 +25,7 @@ from .data import (
     Source,
     View,
     check_device_memory,
+    checksum,
     class_names,
     ignore_signals,
     load_set,
@@ -45,6 +46,7 @@ class Pipeline(Protocol):
     train_size: int
     val_size: int
     steps_per_epoch: int
+    contents: list[str]  # checksums of what there is to train on and to validate on
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images, shape (B, C, H, W), and target distributions, (B, K), of this process, on its device."""
@@ -118,6 +120,7 @@ class Resident:
         self.classes, self.val = train.classes, val
         self.unreadable = list(dict.fromkeys(train.unreadable + val.unreadable))  # a held-out part tells the same
         self.train_size, self.val_size = len(train), len(val)
+        self.contents = [checksum(train), checksum(val)]
         self.batch, self.steps_per_epoch = _batch_plan(recipe, len(train), world)
         check_device_memory(train, world.device)
         self.images, self.targets = train.images.to(world.device), train.targets.to(world.device)
@@ -195,11 +198,13 @@ class Streaming:
                 raise _same_images(data.source)
         self.classes = self.train_classes
         self.train_size, self.val_size = _images(self.train), _images(self.val)
+        self.contents = [part.source.listing() for part in (self.train, self.val) if isinstance(part, Listed)]
         self.batch, self.steps_per_epoch = _batch_plan(recipe, self.train_size, world)
         try:
             self._training_loader(self.train)
         except Exception as error:  # timm checks its arguments in many places
-            raise UserError(f"data.loader: {str(error) or type(error).__name__}") from None
+            reason = str(error) or type(error).__name__
+            raise UserError(f"data.loader: timm refuses {data.loader} ({reason})") from None
 
     def _open(self, training: bool, split: str) -> Dataset:
         data = self.recipe.data

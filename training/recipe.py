@@ -275,7 +275,7 @@ def load_recipe(name_or_file: str, settings: list[str] | None = None) -> Recipe:
         if not equals:
             raise UserError(f"--set {setting}: write it as key=value, such as --set optimizer.lr=0.01")
         try:
-            assign(values, key.split("."), _parse(text))
+            assign(values, key.split("."), _setting(key, text))
         except (yaml.YAMLError, ValueError):
             raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
     return validate(values, str(path))
@@ -329,8 +329,22 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+class _Twice(yaml.MarkedYAMLError):
+    """A key that stands twice in one mapping."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; everyone who writes it means the number."""
+    """YAML 1.1 reads 1e-3 as text; everyone who writes it means the number. And of a key that stands twice PyYAML
+    keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises `_Twice` for a repeated key."""
+        found = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in found:
+                raise _Twice(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            found.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -340,6 +354,18 @@ _Loader.add_implicit_resolver(
 
 def _parse(text: str) -> Any:
     return yaml.load(text, _Loader)
+
+
+def _setting(key: str, text: str) -> Any:
+    """The value of a setting. Names and paths are taken as they are, unless quoted: YAML ends them at ' #'."""
+    section: type[Section] | None = Recipe
+    *sections, last = key.split(".")
+    for name in sections:
+        field = section.model_fields.get(name) if section is not None else None
+        section = section_of(field.annotation) if field is not None else None
+    field = section.model_fields.get(last) if section is not None else None
+    textual = field is not None and field.annotation in (str, str | None)
+    return text if textual and text not in ("", "null") and text[0] not in "\"'" else _parse(text)
 
 
 def _recipe_path(name_or_file: str) -> Path:
@@ -366,7 +392,8 @@ def read_with_base(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML") from None
+        reason = error.problem if isinstance(error, _Twice) else "not valid YAML"
+        raise UserError(f"{path}{where}: {reason}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if not isinstance(values, dict):

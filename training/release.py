@@ -75,6 +75,8 @@ def release(
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", tag):
         raise UserError(f"tag {tag!r}: use lower-case letters, digits, - and _, such as cifar10-jpeg")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise UserError(f"license {license!r}: give its identifier on the Hub, such as mit or cc-by-nc-4.0")
     results, state = _finished(run)
     if "evaluation" in results:
         raise UserError(f"{run} holds a release, not a run")

@@ -7,6 +7,7 @@ import os
 import platform
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -263,14 +264,21 @@ def write_curves(folder: Path, history: list[dict[str, Any]], title: str) -> Non
     for axis in (loss, accuracy):
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(literal(title))
     write_atomically(folder / "curves.png", png(figure))
+
+
+def literal(text: str) -> str:
+    """A name for a figure, which would take what stands between two dollar signs for a formula."""
+    return text.replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG with a palette, which is a third as large: the repository and the Hub hold one a release."""
     figure.set_dpi(120)
-    figure.canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws boxes in their place
+        figure.canvas.draw()
     buffer = io.BytesIO()
     image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
     image.quantize(128, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
