@@ -274,6 +274,7 @@ def _try(model: nn.Module, recipe: Recipe, view: View, classes: int, device: tor
             raise UserError(
                 f"{name} makes nothing of images of {size} px ({reason}); set data.image_size, or another model"
             ) from None
+    model.train()
 
 
 def _graphed(recipe: Recipe, world: World) -> bool:
