@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from forked import Forked
 from test_training import REPOSITORY, TINY, here, same, weights, with_step
 
 from training import engine, train
@@ -30,6 +31,14 @@ def torchrun(*args, processes=2, restarts=0, program=("-m", "training.train"), m
     )
 
 
+def ranks(*args, **options):
+    """Two processes as torchrun would start them, without one: exit codes, and what they say."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    both = [Forked(*args, **options, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    told = [process.communicate(timeout=300)[1] for process in both]
+    return [process.returncode for process in both], told
+
+
 # Small steps: rounding differs with the split of a batch, and larger ones would amplify it chaotically.
 FIFTY_STEPS = [
     "--recipe", "digits", "--device", "cpu", "--set", "epochs=5", "--set", "data.image_size=8", "--set",
@@ -39,9 +48,8 @@ FIFTY_STEPS = [
 
 def test_two_processes_train_what_one_trains(command, tmp_path):
     assert command(train.main, *FIFTY_STEPS, "--output", tmp_path / "one").code == 0
-    two = torchrun(*FIFTY_STEPS, "--output", tmp_path / "two")
-    _, err = two.communicate(timeout=300)
-    assert two.returncode == 0, err
+    codes, told = ranks(*FIFTY_STEPS, "--output", tmp_path / "two")
+    assert codes == [0, 0], told
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key, value in first.items():
         torch.testing.assert_close(second[key], value, atol=1e-5, rtol=0)
@@ -62,7 +70,7 @@ def test_running_statistics_are_those_of_all_processes(command, tmp_path):
     assert command(train.main, *options, "--set", "epochs=1", "--output", tmp_path / "one").code == 0
     killed = with_step(tmp_path / "program.py", "if at == 12 and not rank: os.kill(os.getpid(), signal.SIGKILL)")
     options += ["--set", "epochs=2", "--set", "val_every=2"]
-    _, err = torchrun(*options, "--output", tmp_path / "two", program=killed).communicate(timeout=300)
+    _, (err, _) = ranks(*options, "--output", tmp_path / "two", program=killed)
     assert "epoch 1/2" in err and "validation" not in err.rpartition("epoch 1/2")[2]
     # The stem's: behind it each process normalizes by its own part of the batch.
     first, second = (weights(tmp_path / name)["bn1.running_mean"] for name in ("one", "two"))
@@ -94,9 +102,8 @@ def test_processes_that_find_different_states_do_not_go_on(command, tmp_path):
     options = [*FIFTY_STEPS, "--set", "epochs=1", "--set", "warmup_epochs=0", "--output", tmp_path / "run"]
     assert here(command, *options).code == 0
     (tmp_path / "run" / "results.json").unlink()  # as if it had been killed after its last state
-    process = torchrun(*options, program=(tmp_path / "program.py",))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and "must be on storage that all machines share" in err
+    codes, told = ranks(*options, program=(tmp_path / "program.py",))
+    assert codes == [2, 2] and all("must be on storage that all machines share" in err for err in told)
 
 
 def test_each_process_resumes_with_its_own_running_statistics(tmp_path):
@@ -105,16 +112,12 @@ def test_each_process_resumes_with_its_own_running_statistics(tmp_path):
     options = [*FIFTY_STEPS, "--set", "epochs=1", "--set", "warmup_epochs=0", "--set", "model=risotto_resnet20_bn"]
     # The last two are meant for what was there before the first attempt.
     options += ["--set", "ema_decay=0.9", "--set", "resume=never", "--overwrite"]
-    runs = [
-        torchrun(*options, "--set", f"save_minutes={minutes}", "--output", tmp_path / name, restarts=1, program=program)
-        for name, minutes, program in (
-            ("whole", 60.0, ("-m", "training.train")),
-            ("killed", 1e-9, with_step(tmp_path / "program.py", killed)),
-        )
-    ]
-    told = [run.communicate(timeout=300)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], told
-    assert "resumed at step 5" in told[1]
+    codes, told = ranks(*options, "--output", tmp_path / "whole")
+    assert codes == [0, 0], told
+    options += ["--set", "save_minutes=1e-9", "--output", tmp_path / "killed"]
+    run = torchrun(*options, restarts=1, program=with_step(tmp_path / "program.py", killed))
+    _, err = run.communicate(timeout=300)
+    assert run.returncode == 0 and "resumed at step 5" in err, err
     assert same(*(weights(tmp_path / name) for name in ("whole", "killed")))
     whole, killed = (read_metrics(tmp_path / name)[0] for name in ("whole", "killed"))
     for key in ("train_loss", "train_top1"):  # what was summed up before counts once
@@ -136,9 +139,8 @@ def test_a_restart_after_an_early_death_does_what_the_first_attempt_was_told(com
 
 def test_a_signal_to_one_process_saves_and_stops_all(tmp_path):
     program = with_step(tmp_path / "program.py", "if at == 7 and rank: os.kill(os.getpid(), signal.SIGTERM)")
-    process = torchrun(*FIFTY_STEPS, "--output", tmp_path / "run", program=program)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 1 and "stopped by SIGTERM" in err
+    codes, told = ranks(*FIFTY_STEPS, "--output", tmp_path / "run", program=program)
+    assert codes == [143, 143] and all("stopped by SIGTERM" in err for err in told)
     assert engine.load_state(tmp_path / "run" / "state")[0] == 10  # the next step at which they ask each other
 
 

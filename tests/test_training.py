@@ -23,6 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
+from forked import Forked
 
 from risotto_zoo.errors import UserError
 from risotto_zoo.evaluation import Outcomes, wilson_interval
@@ -115,7 +116,7 @@ def _default_handlers():
 def finished(tmp_path_factory):
     """A finished run of the digits recipe, shortened to three epochs."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    process = start("--recipe", "digits", *TINY, "--set", "epochs=3", "--output", folder)
+    process = Forked("--recipe", "digits", *TINY, "--set", "epochs=3", "--output", folder, "--device", "cpu")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "load      timm.create_model('local-dir:" in err
@@ -176,7 +177,7 @@ def test_the_same_recipe_gives_the_same_weights_in_another_process(finished, com
 def kill_and_resume(folder, options, steps, reference, command):
     """Start, SIGKILL about each of the steps, start again; in the end the weights are those of the reference."""
     for step in steps:
-        process = start(*options, "--set", "log_every=1", "--output", folder)
+        process = Forked(*options, "--set", "log_every=1", "--output", folder, "--device", "cpu")
         assert any(f"step {step}/" in line for line in process.stderr)
         process.kill()
         process.communicate()
@@ -243,7 +244,7 @@ def test_killed_at_twenty_random_moments_the_run_ends_with_the_same_weights(undi
 def test_signals_save_and_leave_a_readable_folder(number, code, finished, command, tmp_path):
     folder = tmp_path / "run"
     options = ["--recipe", "digits", *TINY, "--set", "epochs=3", "--set", "log_every=1", "--output", folder]
-    process = start(*options)
+    process = Forked(*options, "--device", "cpu")
     for line in process.stderr:
         if "step 14/" in line:
             process.send_signal(number)
