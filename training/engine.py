@@ -140,14 +140,12 @@ def _enough_memory() -> Iterator[None]:
 
 
 @contextmanager
-def _writing(
-    output: Path, rest: str = "{kept}. Make room; the same command, without --overwrite, goes on"
-) -> Iterator[None]:
+def _writing(output: Path, rest: str | None = None) -> Iterator[None]:
     """A full disk or a folder gone read-only, in one line."""
     try:
         yield
     except OSError as error:
-        rest = rest.format(kept=_kept(output))
+        rest = rest or f"{_kept(output)}. Make room; the same command, without --overwrite, goes on"
         raise UserError(f"{output} could not be written ({error.strerror or error}); {rest}") from None
 
 
