@@ -35,7 +35,7 @@ def ranks(*args, **options):
     """Two processes as torchrun would start them, without one: exit codes, and what they say."""
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     both = [Forked(*args, **options, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    told = [process.communicate(timeout=300)[1] for process in both]
+    told = [process.communicate(timeout=100)[1] for process in both]
     return [process.returncode for process in both], told
 
 
