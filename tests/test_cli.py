@@ -1,5 +1,6 @@
 """The command risotto-zoo, the README's promises, and the frame of the project."""
 
+import ast
 import json
 import re
 import runpy
@@ -111,6 +112,19 @@ def test_importing_registers_and_pulls_in_no_trainer():
     assert packages.isdisjoint({"matplotlib", "sklearn", "pydantic", "training"})
 
 
+def imported(path, library):
+    """The modules and packages of the library that a file of it imports."""
+    place, found = [library.name, *path.relative_to(library).parent.parts], set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in getattr(node, "names", ())] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            base = place[: len(place) + 1 - node.level] if node.level else []
+            base += [node.module] if node.module else []
+            names = [".".join([*base, alias.name]) for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith(f"{library.name}.")}
+    return found
+
+
 def test_imports_run_one_way():
     """design: initializers and isometry know neither timm nor each other; the library does not know training."""
     library = REPOSITORY / "risotto_zoo"
@@ -119,15 +133,11 @@ def test_imports_run_one_way():
         assert not re.search(r"^(from|import) (timm|torchvision)", text, re.M), path
         known = r"\.\." if path.parent.name == "initializers" else r"\."  # their own folder alone, and nothing
         assert not re.search(rf"^\s*(from|import) (risotto_zoo|{known})", text, re.M), path
-    above = []
+    above = set()
     for name in ("cli", "loading", "creation", "registry", "hub", "checkpoints", "models", "initializers"):
-        paths = (library / name).glob("*.py") if (library / name).is_dir() else [library / f"{name}.py"]
-        for path in paths:
-            inside = r"\.\.|risotto_zoo\." if path.parent != library else r"\."
-            found = re.findall(rf"^\s*from (?:{inside})(\w+)", path.read_text(), re.M)
-            found += re.findall(r"^\s*from \. import (.*)", path.read_text(), re.M) if path.parent == library else []
-            assert not {part for names in found for part in names.split(", ")} & set(above), path
-        above.append(name)
+        for path in (library / name).glob("*.py") if (library / name).is_dir() else [library / f"{name}.py"]:
+            assert not imported(path, library) & above, path
+        above.add(name)
     for path in library.rglob("*.py"):
         assert not re.search(r"^\s*(from|import) training", path.read_text(), re.M), path
 

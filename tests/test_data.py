@@ -21,7 +21,7 @@ from risotto_zoo.images import UnreadableImage, read_image
 from training import data as image_sets
 from training import evaluate, train
 from training.augment import augmented, draw, mixed, stream
-from training.data import View, cache_folder, class_names, load_set
+from training.data import View, cache_folder, class_names, load_set, open_source
 from training.distributed import World
 from training.pipelines import open_dataset, streamed_batches, validation_batches
 from training.recipe import Augment
@@ -65,9 +65,10 @@ def corrupt_all(folder):
         path.write_bytes(b"not a picture")
 
 
-def stray(place):
-    place.mkdir(exist_ok=True)
-    shutil.copy(next(place.parent.rglob("*.jpg")), place / "000.jpg")
+def stray(folder, place):
+    image, place = next(folder.rglob("*.jpg")), folder / place
+    place.mkdir(parents=True, exist_ok=True)
+    shutil.copy(image, place / "000.jpg")
 
 
 BROKEN = [
@@ -81,8 +82,9 @@ BROKEN = [
         "different classes, such as flower, tree",
     ),
     (corrupt_all, "none of the 48 images"),
-    (lambda folder: stray(folder / "train"), "train/000.jpg lies in no class folder"),
-    (lambda folder: stray(folder / "train" / "church" / ".hidden"), ".hidden/000.jpg lies in no class folder"),
+    (lambda folder: stray(folder, "train"), "train is no class folder, but holds images"),
+    (lambda folder: stray(folder, "train/church/.hidden"), ".hidden is a hidden folder, but holds images"),
+    (lambda folder: stray(folder, "val/.trash/church"), ".trash/church is a hidden folder, but holds images"),
 ]
 
 
@@ -206,6 +208,16 @@ def test_evaluate_refuses_other_class_counts_and_unknown_models(folder, command,
     assert result.code == 2 and "no pretrained weights" in result.err
     result = command(evaluate.main, f"local-dir:{tmp_path / 'run'}", "--data", folder / "val" / "church")
     assert result.code == 2 and "has one class only;" in result.err
+
+
+def test_a_listing_is_of_names_and_classes_wherever_the_folder_lies(folder, tmp_path):
+    listing = lambda place, training=True: open_source(str(place), training).listing()  # noqa: E731
+    before = listing(folder)
+    assert before != listing(folder, training=False)
+    folder = folder.rename(tmp_path / "elsewhere")
+    assert listing(folder) == before
+    (folder / "train" / "church").rename(folder / "train" / "zebra")  # the same files, in the other order of classes
+    assert listing(folder) != before
 
 
 # --- what is read

@@ -120,7 +120,7 @@ def test_head(name):
     gram = model.fc.weight @ model.fc.weight.T / 2  # [U, -U] with orthonormal rows
     torch.testing.assert_close(gram, torch.eye(17), atol=1e-5, rtol=0)
     model.reset_classifier(5, "catavgmax")
-    assert model(x).shape == (2, 5)
+    assert model(x).shape == (2, 5) and not any(part.training for part in model.modules())
     for part in model.fc.weight.chunk(2, dim=1):  # each pool has pairs of its own
         torch.testing.assert_close(*(sign * half for sign, half in zip((1, -1), part.chunk(2, dim=1), strict=True)))
     model.double().reset_classifier(3)
@@ -277,7 +277,7 @@ def test_a_head_is_adapted_as_timms_scripts_ask_for_it(options, tmp_path):
         ({"features_only": True, "out_indices": 5}, r"feature maps 0 \(its stem's\) to 3"),
         ({"layers": (1, 1), "channels": (16, 32, 64)}, "one to four"),
         ({"layers": (1,), "channels": (16,)}, "two in all"),
-        ({"layers": (2, 2, 0)}, "at least one block"),
+        ({"layers": (2, 2, 0)}, "at least one block in the last"),
         ({"pretrained": True, "init": "risoto"}, "did you mean 'risotto'"),
         ({"pretrained": True, "rotated_pairs": 0}, "rotated_pairs is 0"),
         ({"pretrained": True, "patches": "no"}, "patches is 'no', not True or False"),

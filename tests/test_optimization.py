@@ -56,6 +56,16 @@ def test_adaptive_clipping_leaves_the_classifier_alone(tmp_path):
     assert moved[0] == moved[1] > 0
 
 
+def test_adaptive_clipping_leaves_both_classifiers_of_a_distilled_net_alone(tmp_path):
+    net = {"model": "deit_tiny_distilled_patch16_224", "model_args": {"img_size": 8, "patch_size": 4, "depth": 1}}
+    clipped, free = (
+        after_steps(1, tmp_path, clip=clip, **net)[0].model for clip in ({"mode": "agc", "value": 1e-6}, None)
+    )
+    for one, other in zip(clipped.get_classifier(), free.get_classifier(), strict=True):
+        assert torch.equal(one.weight, other.weight)
+    assert not torch.equal(clipped.patch_embed.proj.weight, free.patch_embed.proj.weight)
+
+
 def test_float16_clips_gradients_and_not_scaled_ones_and_keeps_its_scale(tmp_path):
     steps = []
     for amp in ("float16", None):

@@ -54,7 +54,7 @@ def test_numbers_with_exponents_are_numbers():
     assert load_recipe("digits", ["optimizer.lr=2.5e-4"]).optimizer.lr == 2.5e-4
 
 
-@pytest.mark.parametrize("place", ["/tmp/photos #1", "2024", "a: b", "[x]", "~", "no", "yes it's"])
+@pytest.mark.parametrize("place", ["/tmp/photos #1", "2024", "a: b", "[x]", "~/x", "no", "yes it's"])
 def test_names_and_paths_are_taken_as_they_are(place):
     recipe = load_recipe("digits", [f"data.source={place}", f"data.root={place}"])
     assert recipe.data.source == recipe.data.root == place
@@ -62,7 +62,9 @@ def test_names_and_paths_are_taken_as_they_are(place):
 
 
 def test_null_is_none_where_a_name_may_be_left_out():
-    assert load_recipe("digits", ["data.root=x", "data.root=null"]).data.root is None
+    for nothing in ("null", "~", " Null", ""):
+        assert load_recipe("digits", ["data.root=x", f"data.root={nothing}"]).data.root is None
+    assert load_recipe("digits", ["data.root= x "]).data.root == "x"
     assert load_recipe("digits", ["data={root: null}"]).data.root is None
 
 
@@ -71,6 +73,12 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     path.write_text("epochs: 3\noptimizer: {lr: 0.5}\nseed: 1\noptimizer:\n  momentum: 0.5\n")
     with pytest.raises(UserError, match=r"twice\.yaml, line 4: the key 'optimizer' stands twice"):
         load_recipe(str(path))
+    path.write_text(
+        "model: risotto_resnet20\ndata: {source: digits}\n"
+        "optimizer: &o {<<: {lr: 0.5}, <<: {momentum: 0.8}, lr: 0.25}\nmodel_args: {<<: *o}\n"
+    )
+    optimizer = load_recipe(str(path), ["model_args={}"]).optimizer
+    assert (optimizer.lr, optimizer.momentum) == (0.25, 0.8)
 
 
 def test_base_is_merged_key_by_key(tmp_path):

@@ -175,7 +175,7 @@ class Source:
         """Checksum of the files' names within the folder and of their classes; of the number of images elsewhere."""
         names = [len(self)]
         if self.dataset is None:
-            names = [(os.path.relpath(file, self.name), target) for file, target in self.samples]
+            names = [(file.removeprefix(self.name), target) for file, target in self.samples]
         return hashlib.blake2b(json.dumps(names).encode(), digest_size=16).hexdigest()
 
     def read(self, position: int, channels: int) -> tuple[Image.Image, int]:
@@ -229,11 +229,12 @@ def open_source(source: str, training: bool, split: str | None = None, root: str
     if len(classes) < 2:
         only = f" ({classes[0]})" if classes[0] else ""  # images that lie in the folder itself have no name
         raise UserError(f"{folder} has one class only{only}; it needs a sub-folder for each of two or more")
-    for name in classes:
-        if not name or name.startswith("."):  # an image beside the class folders, or what a tool keeps to itself
-            path = next(path for path, target in reader.samples if classes[target] == name)
-            raise UserError(f"{path} lies in no class folder, but would be of a class {name!r}; move it away")
     files = [path for path, _ in reader.samples]
+    for place in sorted({os.path.dirname(path) for path in files}):
+        parts = Path(place).relative_to(folder).parts
+        if not parts or any(part.startswith(".") for part in parts):  # what a tool keeps to itself, such as thumbnails
+            where = "a hidden folder" if parts else "no class folder"
+            raise UserError(f"{place} is {where}, but holds images, which would count; move them away")
     return Source(str(folder), list(reader.samples), classes, files=files, skipped=_other_kinds(folder))
 
 

@@ -260,7 +260,7 @@ def _try(model: nn.Module, recipe: Recipe, view: View, classes: int, device: tor
     """Refuse a net that makes nothing of the images, before anything that the output folder holds is replaced."""
     name, side = recipe.init_from or recipe.model, view.input_size[1]
     model.eval()
-    for size in {recipe.data.train_size or side, side}:
+    for key, size in {"data.train_size": recipe.data.train_size or side, "data.image_size": side}.items():
         try:
             logits = model(torch.zeros(1, view.input_size[0], size, size, device=device))
             if logits.shape != (1, classes):
@@ -270,7 +270,7 @@ def _try(model: nn.Module, recipe: Recipe, view: View, classes: int, device: tor
         except Exception as error:  # each net has its own way to fail
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"{name} makes nothing of images of {size} px ({reason}); set data.image_size, or another model"
+                f"{name} makes nothing of images of {size} px ({reason}); set {key}, or another model"
             ) from None
     model.train()
 

@@ -239,6 +239,7 @@ def _data_of_run(name: str, args: argparse.Namespace) -> Data:
     source, _, folder = name.partition(":")
     recipe_file = Path(folder) / "recipe.yaml"
     if source != "local-dir" or not recipe_file.is_file():
+        load(name, args, torch.device("cpu"))  # says what is wrong with the name, if anything is
         raise UserError(f"{name} does not say what to evaluate it on; name a folder with --data")
     data: Data = load_recipe(str(recipe_file)).data
     changes: dict[str, Any] = {"root": args.root} if args.root else {}
@@ -440,8 +441,7 @@ def confusion_matrix(outcomes: Outcomes, classes: list[str]) -> Figure:
 def _check_place(path: Path) -> None:
     """Before minutes are spent on what is to be written there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=next(place for place in path.absolute().parents if place.exists())):
             pass
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None

@@ -337,14 +337,15 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as text; everyone who writes it means the number. And of a key that stands twice PyYAML
     keeps the last in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """Raises `_Twice` for a repeated key."""
-        found = set()
+        node, found = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in found:
+            known = (key.tag, str(key.value))
+            if known in found and key.value != "<<":
                 raise _Twice(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
-            found.add(str(key.value))
-        return super().construct_mapping(node, deep)
+            found.add(known)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -358,6 +359,7 @@ def _parse(text: str) -> Any:
 
 def _setting(key: str, text: str) -> Any:
     """The value of a setting. Names and paths are taken as they are, unless quoted: YAML ends them at ' #'."""
+    text = text.strip()
     section: type[Section] | None = Recipe
     *sections, last = key.split(".")
     for name in sections:
@@ -365,7 +367,7 @@ def _setting(key: str, text: str) -> Any:
         section = section_of(field.annotation) if field is not None else None
     field = section.model_fields.get(last) if section is not None else None
     textual = field is not None and field.annotation in (str, str | None)
-    return text if textual and text not in ("", "null") and text[0] not in "\"'" else _parse(text)
+    return text if textual and text.lower() not in ("", "~", "null") and text[0] not in "\"'" else _parse(text)
 
 
 def _recipe_path(name_or_file: str) -> Path:

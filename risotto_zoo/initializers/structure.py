@@ -63,16 +63,18 @@ def resnet_structure(model: nn.Module) -> ResNetStructure:
         raise ValueError(f"{type(model).__name__} has no residual blocks in layer1, layer2, ...")
     structure.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     known = {id(layer) for layer in [*structure.convs, structure.head]}
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-            continue
-        if id(module) not in known:
+    names = {id(module): name for name, module in model.named_modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and id(module) not in known:
             raise ValueError(f"{name}: a {type(module).__name__} outside stem, blocks and 'fc' is no part of a ResNet")
-        if "weight" not in module._parameters:
+    seen: set[int] = set()
+    for layer in structure.convs + ([structure.head] if structure.head is not None else []):
+        name = names[id(layer)]
+        if "weight" not in layer._parameters:
             raise ValueError(f"{name}: its weight is computed from others, by pruning or normalizing it, say")
-        if (owner := owners.setdefault(id(module.weight), name)) != name:
-            raise ValueError(f"{name}: shares its weight with {owner}")
+        if id(layer.weight) in seen:
+            raise ValueError(f"{name}: its weight is that of another layer, too")
+        seen.add(id(layer.weight))
     return structure
 
 
@@ -106,7 +108,7 @@ def _stem_convs(model: nn.Module) -> list[nn.Conv2d]:
     known = (nn.Conv2d, nn.Sequential, nn.ReLU, nn.MaxPool2d, *_NORMS)
     convs, bare, last = [], set(), ""
     for part in ("conv1", "bn1", "act1", "relu", "maxpool"):
-        for name, module in getattr(model, part, nn.Identity()).named_modules(prefix=part):
+        for name, module in getattr(model, part, nn.Identity()).named_modules(prefix=part, remove_duplicate=False):
             if type(module) not in known:
                 raise ValueError(f"{name}: a {type(module).__name__} in the stem cannot be initialized exactly")
             if isinstance(module, nn.Conv2d):

@@ -78,10 +78,10 @@ class RisottoResNet(timm_resnet.ResNet):
             if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
                 raise ValueError(f"{key} is {rate!r}, not a number from 0 to below 1")
         check_choice("output_stride", output_stride, (8, 16, 32) if stem == "imagenet" else (1, 2, 4, 8, 16, 32))
-        if not 0 < len(layers) == len(channels) <= 4 or min(layers) < 1 or sum(layers) < 2:
+        if not 0 < len(layers) == len(channels) <= 4 or layers[-1] < 1 or sum(layers) < 2:
             raise ValueError(
                 f"layers {tuple(layers)} and channels {tuple(channels)}: one number each for every stage is needed, "
-                "for one to four stages of at least one block, two in all"
+                "for one to four stages, with at least one block in the last and two in all"
             )
         self.num_classes = num_classes
         self.in_chans = in_chans
