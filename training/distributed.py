@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -96,6 +96,8 @@ def _restarts() -> int:
 
 def leave_world() -> None:
     if dist.is_initialized():
+        with suppress(RuntimeError):  # one that a signal has ended
+            dist.barrier()  # in torch 2.6 the last to leave may wait for the others forever
         dist.destroy_process_group()
 
 
