@@ -308,7 +308,11 @@ def changed(name, change):
             "maxpool",
             "no ReLU follows",
         ),
-        (lambda: changed("resnet18", lambda m: m.prune_intermediate_layers([0])), "ResNet", "no residual blocks"),
+        (
+            lambda: changed("risotto_resnet20", lambda m: m.prune_intermediate_layers([0])),
+            "ResNet",
+            "no residual blocks",
+        ),
         (lambda: timm.create_model("resnext50_32x4d"), "layer1.0.conv2", "grouped"),
         (lambda: timm.create_model("seresnet50"), "layer1.0.se", "attention"),
         (lambda: timm.create_model("resnetaa50"), "maxpool", "stem"),
