@@ -214,7 +214,6 @@ def _thinned(blocks: list[BlockSignal], count: int) -> list[BlockSignal]:
 
 def _plot(values: Tensor, blocks: list[BlockSignal], title: str) -> Figure:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     spectrum, norm, similarity = figure.subplots(1, 3)
     depth = range(1, len(blocks) + 1)
     spectrum.semilogy(range(1, len(values) + 1), values, ".")

@@ -44,10 +44,11 @@ class Outcomes:
         return self.predicted == self.targets
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """95% confidence interval of a share (Wilson 1927); (0, 1) for no trials."""
     if total == 0:
         return 0.0, 1.0
+    z = 1.959963984540054  # the normal distribution holds 95% within so many deviations
     share = correct / total
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))

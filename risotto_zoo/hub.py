@@ -89,15 +89,6 @@ def release_weights(name: str, cache_dir: str | Path | None = None) -> dict[str,
     return read_tensors(data, f"{repository(name)}/{WEIGHTS}")
 
 
-def hub_weights(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> dict[str, Tensor]:
-    """The tensors of `model.safetensors` in a Hub repository, verified by the Hub's hash.
-
-    Raises:
-        UserError: If the repository cannot be reached or offers no safetensors, or a file is damaged.
-    """
-    return read_tensors(fetch(repo_id, WEIGHTS, revision, cache_dir), f"{repo_id}/{WEIGHTS}")
-
-
 def fetch(
     repo_id: str,
     filename: str,
@@ -126,7 +117,7 @@ def fetch(
     try:
         cached = huggingface_hub.try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
     except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}") from None
+        raise explained(error, what, repo_id) from None
     cached = Path(cached) if isinstance(cached, str) else None
     if digest is not None and cached is not None and _blob(cached).name == digest:
         try:

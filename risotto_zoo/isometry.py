@@ -74,26 +74,22 @@ def singular_values(function: Callable[[Tensor], Tensor], image: Tensor, chunk: 
 
 
 @torch.inference_mode(False)
-def probed_singular_values(
-    function: Callable[[Tensor], Tensor], image: Tensor, probes: int = 16, generator: torch.Generator | None = None
-) -> Tensor:
+def probed_singular_values(function: Callable[[Tensor], Tensor], image: Tensor, probes: int = 16) -> Tensor:
     """Singular values of the Jacobian restricted to a random subspace of its row space, for large images.
 
-    Random cotangents are pulled back (VJP), the results made orthonormal, and pushed forward (JVP): the first half of a
-    randomized SVD (Halko et al., arXiv 0909.4061). Every value lies between the smallest non-zero and the largest
-    singular value of the Jacobian, and all are 1 if it is an isometry on its row space.
+    Random cotangents, the same each time, are pulled back (VJP), the results made orthonormal, and pushed forward
+    (JVP): the first half of a randomized SVD (Halko et al., arXiv 0909.4061). Every value lies between the smallest
+    non-zero and the largest singular value of the Jacobian, and all are 1 if it is an isometry on its row space.
 
     Args:
         function: As for `singular_values`.
         image: Shape (C, H, W).
         probes: Number of values; fewer come back if the Jacobian's rank is lower.
-        generator: CPU generator; seed 0 if None.
     """
-    generator = generator or torch.Generator().manual_seed(0)
     image = image.detach().clone()
     outputs = function(image[None]).shape[1]
     probes = min(probes, outputs, image.numel())
-    cotangents = torch.randn(probes, outputs, generator=generator, device="cpu").to(image)
+    cotangents = torch.randn(probes, outputs, generator=torch.Generator().manual_seed(0), device="cpu").to(image)
     pulled = _vjp(function, image.expand(probes, *image.shape), cotangents).flatten(1)
     _, scale, rows = torch.linalg.svd(pulled.cpu().double(), full_matrices=False)
     rows = rows[scale > scale.max() * 1e-6].unflatten(1, image.shape).to(image)

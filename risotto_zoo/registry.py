@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoints import WEIGHTS, check_state, folder_weights, read_tensors, read_verified
 from .errors import NoWeights, UserError
-from .hub import MANIFEST, hub_weights, release_file, release_weights, repository
+from .hub import MANIFEST, fetch, release_file, release_weights, repository
 from .models.resnet import OF_THE_START, RisottoResNet, check_start
 from .models.variants import ORIGIN, VARIANTS, Variant
 
@@ -74,7 +74,8 @@ def _verified_weights(cfg: dict[str, Any], cache_dir: str | Path | None) -> tupl
 
 def _of_repository(hub_id: str, cache_dir: str | Path | None) -> tuple[dict[str, Tensor], str]:
     repo_id, _, revision = hub_id.partition("@")
-    return hub_weights(repo_id, revision or None, cache_dir), f"{hub_id}/{WEIGHTS}"
+    source = f"{hub_id}/{WEIGHTS}"
+    return read_tensors(fetch(repo_id, WEIGHTS, revision or None, cache_dir), source), source
 
 
 def _entry_point(name: str, variant: Variant) -> Callable[..., RisottoResNet]:

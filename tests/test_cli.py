@@ -1,5 +1,6 @@
 """The command risotto-zoo, the README's promises, and the frame of the project."""
 
+import argparse
 import ast
 import json
 import re
@@ -168,6 +169,30 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path, few_images):
     assert result.code == 0 and "creating it + reading the file" in result.out
 
 
+def test_nets_that_are_compared_have_one_head(few_images, monkeypatch):
+    """By its name alone a net has the classes of its release."""
+    heads = []
+    args = argparse.Namespace(models=["risotto_resnet20"], rounds=2, batch=2, amp=None, modes=["eager"], device="cpu")
+
+    def note(names, nets, *_):
+        heads.extend(net.num_classes for net in nets)
+        return []
+
+    monkeypatch.setattr(benchmark, "_inference", note)
+    benchmark.infer_rows(args)
+    monkeypatch.setattr(benchmark, "build_optimizer", lambda model, _: heads.append(model.num_classes))
+    for name in ("risotto_resnet20", "risotto_resnet20_bn"):
+        benchmark._step(name, args, torch.device("cpu"))
+    assert len(heads) > 4 and set(heads) == {1000}
+
+
+def test_where_a_benchmarks_rows_go_is_asked_before_it_runs(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(benchmark.BENCHMARKS, "init", lambda _: pytest.fail("it was measured first"))
+    (tmp_path / "file").touch()
+    result = command(benchmark.main, "init", "--json", tmp_path / "file" / "rows.json")
+    assert result.code == 2 and "rows.json cannot be written" in result.err
+
+
 def test_trainings_at_once_are_compared_with_one_after_another(command, monkeypatch, no_processes, few_images):
     monkeypatch.setattr(benchmark, "cores", lambda: 1)
     result = command(benchmark.main, "jobs", "--rounds", 2, "--batch", 32, "--device", "cpu")
@@ -190,15 +215,15 @@ def test_generated_tables_are_fresh(command):
 
 
 def test_a_place_that_cannot_be_written_is_one_line(command, monkeypatch):
-    from training import tables
+    from training import files, tables
 
     def refuse(path, _data):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(tables, "sweep_table", lambda: "| other |")
-    monkeypatch.setattr(tables, "write_atomically", refuse)
+    monkeypatch.setattr(files, "write_atomically", refuse)
     result = command(tables.main)
-    assert result.code == 2 and result.err.endswith("NOTES.md: Permission denied\n"), result
+    assert result.code == 2 and result.err.endswith("NOTES.md cannot be written: Permission denied\n"), result
 
 
 def test_a_stale_table_is_told(command, monkeypatch):

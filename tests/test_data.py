@@ -20,7 +20,7 @@ from risotto_zoo.errors import UserError
 from risotto_zoo.images import UnreadableImage, read_image
 from training import data as image_sets
 from training import evaluate, train
-from training.augment import augmented, draw, mixed, stream
+from training.augment import augmented, draw, generator_of, mixed
 from training.data import View, cache_folder, class_names, load_set, open_source
 from training.distributed import World
 from training.pipelines import open_dataset, streamed_batches, validation_batches
@@ -341,18 +341,18 @@ def test_augmentation_is_per_image_and_reproducible():
     data = torch.randint(0, 256, (50, 3, 16, 16), dtype=torch.uint8)
     settings = Augment(flip=True, shift=3, cutout=4)
     index, ones = torch.arange(20), torch.ones(3)
-    first = augmented(data, index, 16, settings, draw(20, settings, stream(0, 1)), 0 * ones, ones)
-    again = augmented(data, index, 16, settings, draw(20, settings, stream(0, 1)), 0 * ones, ones)
-    other = augmented(data, index, 16, settings, draw(20, settings, stream(0, 2)), 0 * ones, ones)
+    first = augmented(data, index, 16, settings, draw(20, settings, generator_of(0, 1)), 0 * ones, ones)
+    again = augmented(data, index, 16, settings, draw(20, settings, generator_of(0, 1)), 0 * ones, ones)
+    other = augmented(data, index, 16, settings, draw(20, settings, generator_of(0, 2)), 0 * ones, ones)
     assert torch.equal(first, again) and not torch.equal(first, other)
-    same_image = augmented(data, index * 0, 16, settings, draw(20, settings, stream(0, 3)), 0 * ones, ones)
+    same_image = augmented(data, index * 0, 16, settings, draw(20, settings, generator_of(0, 3)), 0 * ones, ones)
     assert len(torch.unique(same_image.flatten(1), dim=0)) > 15
 
 
 def test_flip_and_shift_are_what_they_are_called():
     data = torch.arange(36, dtype=torch.uint8).reshape(1, 1, 6, 6)
     settings = Augment(flip=True, shift=2)
-    numbers = draw(1, settings, stream(0))
+    numbers = draw(1, settings, generator_of(0))
     zero, one = torch.zeros(1), torch.ones(1)
     numbers.flip[:], numbers.shift[:] = 0.0, torch.tensor([0.99, 0.4])  # flipped, two down, not sideways
     out = (augmented(data, torch.tensor([0]), 6, settings, numbers, zero, one)[0, 0] * 255).round()
@@ -363,7 +363,7 @@ def test_flip_and_shift_are_what_they_are_called():
 def test_an_uncropped_resized_crop_is_the_image():
     data = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     settings = Augment(flip=False, crop_scale=(1.0, 1.0))
-    numbers = draw(4, settings, stream(0))
+    numbers = draw(4, settings, generator_of(0))
     numbers.crop[:, 1] = 0.5  # square
     out = augmented(data, torch.arange(4), 16, settings, numbers, torch.zeros(3), torch.ones(3))
     torch.testing.assert_close(out * 255, data.float(), atol=1e-2, rtol=0)
@@ -372,7 +372,7 @@ def test_an_uncropped_resized_crop_is_the_image():
 def test_a_quarter_crop_is_that_quarter_of_the_image():
     down = torch.arange(16.0).repeat_interleave(16).reshape(1, 1, 16, 16)  # pixels hold their row
     settings = Augment(flip=False, crop_scale=(0.25, 0.25))
-    numbers = draw(1, settings, stream(0))
+    numbers = draw(1, settings, generator_of(0))
     numbers.crop[:] = torch.tensor([0.3, 0.5, 1.0, 0.0])  # the area is fixed; square, at the bottom, at the left
     for data, first in ((down, 8), (down.mT, 0)):
         out = augmented(data.byte(), torch.tensor([0]), 8, settings, numbers, torch.zeros(1), torch.ones(1))[0, 0] * 255
@@ -383,7 +383,7 @@ def test_a_quarter_crop_is_that_quarter_of_the_image():
 def test_crops_keep_to_their_areas_and_aspect_ratios():
     data = torch.arange(256).byte().repeat(256, 1).reshape(1, 1, 256, 256)  # pixels hold their column
     settings = Augment(flip=False, crop_scale=(0.2, 0.5))
-    numbers = draw(200, settings, stream(0))
+    numbers = draw(200, settings, generator_of(0))
     index = torch.zeros(200, dtype=torch.long)
 
     def extent(images: torch.Tensor) -> torch.Tensor:
@@ -400,7 +400,7 @@ def test_crops_keep_to_their_areas_and_aspect_ratios():
 def test_cutout_hides_a_square_of_its_side():
     data = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
     settings = Augment(flip=False, cutout=4)
-    numbers = draw(1, settings, stream(0))
+    numbers = draw(1, settings, generator_of(0))
     for centre, rows, cols in (((0.5, 0.25), slice(6, 10), slice(2, 6)), ((0.0, 1.0), slice(0, 2), slice(14, 16))):
         numbers.cutout[:] = torch.tensor(centre)
         out = augmented(data, torch.tensor([0]), 16, settings, numbers, torch.full((3,), 0.5), torch.ones(3))
@@ -411,7 +411,7 @@ def test_cutout_hides_a_square_of_its_side():
 
 def test_mixup_and_cutmix_shares():
     settings = Augment(mixup=1.0, cutmix=1.0)
-    numbers = draw(400, settings, stream(0))
+    numbers = draw(400, settings, generator_of(0))
     black, white = torch.zeros(400, 1, 16, 16), torch.ones(400, 1, 16, 16)
     out, share = mixed(black, white, numbers)
     torch.testing.assert_close(out.mean(dim=(1, 2, 3)), 1 - share, atol=1e-5, rtol=0)
@@ -422,7 +422,7 @@ def test_mixup_and_cutmix_shares():
 
 
 def test_shares_are_of_each_mixing_its_own_beta_distribution():
-    numbers = draw(20_000, Augment(mixup=0.2, cutmix=2.0), stream(0))
+    numbers = draw(20_000, Augment(mixup=0.2, cutmix=2.0), generator_of(0))
     pasted = numbers.box[:, 0] > 0
     for shares, a in ((numbers.share[~pasted], 0.2), (numbers.share[pasted], 2.0)):
         assert shares.mean().item() == pytest.approx(0.5, abs=0.01)
@@ -431,7 +431,7 @@ def test_shares_are_of_each_mixing_its_own_beta_distribution():
 
 def test_mixup_prob_leaves_the_other_images_as_they_are():
     settings = Augment(mixup=1.0, cutmix=1.0, mixup_prob=0.25)
-    numbers = draw(400, settings, stream(0))
+    numbers = draw(400, settings, generator_of(0))
     images, partners = torch.zeros(400, 1, 16, 16), torch.ones(400, 1, 16, 16)
     out, share = mixed(images, partners, numbers)
     mixes = out.flatten(1).any(dim=1)

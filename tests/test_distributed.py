@@ -91,7 +91,7 @@ def test_machines_meet_again_after_one_of_them_has_restarted(tmp_path):
     told = "".join(machine.communicate(timeout=300)[1] for machine in machines)
     assert [machine.returncode for machine in machines] == [0, 0], told
     assert "resumed at step 15" in told
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["finished"]
+    assert (tmp_path / "run" / "results.json").is_file()
 
 
 def test_processes_that_find_different_states_do_not_go_on(command, tmp_path):
@@ -129,7 +129,7 @@ def test_a_restart_after_an_early_death_does_what_the_first_attempt_was_told(com
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("seed: 1\n")
-    (tmp_path / "run" / "results.json").write_text('{"finished": true}')
+    (tmp_path / "run" / "results.json").write_text("{}")
     os.utime(tmp_path / "run" / "recipe.yaml", (0, 0))
     options = ["--recipe", "digits", *TINY, "--output", tmp_path / "run"]
     assert "holds a finished run" in here(command, *options).err

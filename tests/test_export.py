@@ -40,7 +40,7 @@ def test_onnx_runtime_agrees_on_100_real_images_at_any_batch(name, shape, tmp_pa
     file = tmp_path / "model.onnx"
     model = timm.create_model(source, pretrained=True).eval()
     images = export.photos(View.of({**model.pretrained_cfg, "crop_mode": "center"}), 100)
-    assert export.export(source, file, images=images) < 1e-4
+    assert export.export(source, file) < 1e-4
     with torch.no_grad():
         wanted = model(images).numpy()
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -156,13 +156,13 @@ def test_a_file_that_disagrees_is_not_written(tmp_path, monkeypatch):
     file = tmp_path / "model.ts"
     export.export(source, file)
     before = file.read_bytes()
-    write = export.write
+    write_net = export.write_net
 
     def another(model, *args):
         model.fc.bias.data += 0.1
-        write(model, *args)
+        write_net(model, *args)
 
-    monkeypatch.setattr(export, "write", another)
+    monkeypatch.setattr(export, "write_net", another)
     with pytest.raises(UserError, match="not written"):
         export.export(source, file)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()].count("model.ts") == 1

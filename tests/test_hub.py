@@ -486,7 +486,7 @@ def hub_only(monkeypatch, folder, hub):
     results = json.loads((folder / "results.json").read_text())
     entry = {"location": "hub", "revision": "v1", "bytes": results["bytes"], "sha256": results["sha256"][WEIGHTS]}
     name = "risotto_resnet20.elsewhere"
-    monkeypatch.setitem(fetching.MANIFEST, name, {**entry, "config": config, "metrics": {}})
+    monkeypatch.setitem(fetching.MANIFEST, name, {**entry, "config": config})
     hub.put(fetching.repository(name), {WEIGHTS: (folder / WEIGHTS).read_bytes()}, tag="v1")
     cfg = {**config["pretrained_cfg"], "architecture": "risotto_resnet20", "tag": "elsewhere"}
     return {"pretrained": True, "pretrained_cfg": cfg}, name
@@ -670,7 +670,7 @@ def test_other_peoples_configurations_load_from_a_cache_without_hashes(monkeypat
     with offline(monkeypatch):
         assert timm.create_model("hf-hub:some/body").num_classes == 2
         with pytest.raises(UserError, match="nobody says what its hash should be"):
-            fetching.hub_weights("some/body")
+            fetching.fetch("some/body", WEIGHTS)
 
 
 # --- weights that are not what they should be
@@ -1067,6 +1067,43 @@ def test_the_score_is_that_of_the_weights_released(run, tmp_path, command, monke
     assert json.loads((folder / "results.json").read_text())["evaluation"] == told
 
 
+def changed(run, folder, key, value):
+    """A copy of a run in which all weights of one tensor have one value."""
+    shutil.copytree(run, folder)
+    state = safetensors.torch.load_file(run / WEIGHTS)
+    state[key].fill_(value)
+    safetensors.torch.save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    results = json.loads((run / "results.json").read_text())
+    results["sha256"][WEIGHTS] = sha256((folder / WEIGHTS).read_bytes())
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def test_weights_that_float16_cannot_hold_are_not_released(run, tmp_path):
+    large = changed(run, tmp_path / "large", "conv1.weight", 1e5)
+    with pytest.raises(UserError, match=r"in float16.*not finite"):
+        release.release(large, "digits", [], tmp_path / "out", half=True)
+    assert not (tmp_path / "out").exists()
+    release.release(large, "digits", [], tmp_path / "out")
+
+
+def test_a_baseline_needs_no_weights(run, released, tmp_path):
+    """Those of a release may be on the Hub alone."""
+    baseline = tmp_path / "baseline"
+    shutil.copytree(released, baseline, ignore=shutil.ignore_patterns(WEIGHTS))
+    told = release.release(run, "digits", [baseline], tmp_path / "out")
+    assert len(json.loads((told / "results.json").read_text())["baselines"]) == 1
+
+
+def test_the_start_that_a_card_measures_is_the_runs_own(run, tmp_path):
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    config = json.loads((run / "config.json").read_text())
+    other = {**recipe.model_args, "seed": 5, "init": "he"}
+    assert release._isometry(config, recipe)["largest"] == pytest.approx(1, abs=1e-5)
+    measured = release._isometry(config, recipe.model_copy(update={"model_args": other}))
+    assert measured["largest"] > 1.1
+
+
 def test_fine_tuning_is_shown_only_of_these_very_weights(run, tmp_path, command):
     """A release that is made again with new weights does not show what its earlier weights were fine-tuned to."""
     toy = {"source": "digits", "image_size": 8, "train_images": 300}
@@ -1115,7 +1152,7 @@ def test_a_release_whose_last_renaming_fails_leaves_the_one_before(run, tmp_path
         monkeypatch.setattr(module, "CARDS", tmp_path / "model_cards")
         monkeypatch.setattr(module, "PACKAGE", tmp_path / "risotto_zoo")
     monkeypatch.setattr(cards, "ROOT", tmp_path)
-    monkeypatch.setattr(release, "write_tables", lambda: None)
+    monkeypatch.setattr(tables, "pages", dict)
     (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
     (tmp_path / "risotto_zoo").mkdir()
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
@@ -1174,7 +1211,7 @@ def test_release_refuses(run, tmp_path, command):
     (copy / "recipe.yaml").write_text(recipe.replace("holdout: 0.0", "holdout: 0.1"))
     assert "held-out training images" in refused(copy, "--tag", "digits")
     results = json.loads((copy / "results.json").read_text())
-    (copy / "results.json").write_text(json.dumps({**results, "finished": False}))
+    (copy / "results.json").unlink()
     assert "no finished run" in refused(copy, "--tag", "digits")
     (copy / "results.json").write_text(json.dumps(results))
     (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-4])

@@ -36,7 +36,6 @@ from training.recipe import Recipe, _known_keys, dump, load_recipe, recipe_names
         ("digits", ["epochs=[1"], ["not a YAML value"]),
         ("digits", ["freeze=1"], ["init_from"]),
         ("digits", ["data.pipeline=streaming"], ["shift"]),
-        ("digits", ["model_args={num_classes: 1}", "augment.mixup=1.0"], ["one class"]),
         ("digits", ["augment.mixup_prob=0.5"], ["mixup_prob has no effect"]),
         ("digits", ["model_args.pretrained=true"], ["model_args takes none of pretrained", "init_from"]),
         ("digits", ["optimizer.name=kron"], ["unknown optimizer 'kron'"]),

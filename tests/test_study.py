@@ -43,8 +43,6 @@ def toy(tmp_path, monkeypatch, no_processes):
     monkeypatch.setattr(grid, "STUDIES", tmp_path / "studies")
     monkeypatch.setattr(grid, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(report, "STUDIES", tmp_path / "studies")
-    for measured in (propagation, first_step):
-        monkeypatch.setattr(measured, "FOLDER", tmp_path / "studies" / measured.FOLDER.name)
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "toy.yaml").write_text(yaml.safe_dump(TOY, sort_keys=False))
     return tmp_path / "studies" / "toy" / "results.json"
@@ -143,7 +141,7 @@ def test_shipped_studies_are_valid_and_spend_the_same_on_each_arm(name):
 
 def test_the_report_is_reproduced_byte_for_byte_from_the_committed_results():
     compared = 0
-    for path, data in report.files().items():
+    for path, data in report.pages().items():
         drawn_by = re.search(rb"Matplotlib v([\d.]+)", path.read_bytes())
         if drawn_by and drawn_by[1].decode() != matplotlib.__version__:
             continue  # another version draws the same figure in other bytes
@@ -173,7 +171,7 @@ def test_propagation_separates_risotto_from_the_others(monkeypatch):
 
 
 def test_the_committed_propagation_study_shows_the_picture():
-    stored = json.loads(propagation.results_file().read_text())
+    stored = json.loads(grid.results_file("propagation").read_text())
     assert {row["depth"] for row in stored["rows"]} == {20, 56, 110, 1202}
     for row in stored["rows"]:
         if row["scheme"] == "risotto":
@@ -193,7 +191,7 @@ def test_the_first_step_moves_what_it_says():
     images, targets = torch.randn(32, 3, 32, 32, generator=generator), torch.arange(32) % 10
 
     def change(scheme: str, blocks: int) -> dict[str, float]:
-        return first_step.measure(first_step.SCHEMES[scheme], (blocks,) * 3, 0, images, targets)
+        return first_step.measure(first_step.SETTINGS[scheme], (blocks,) * 3, 0, images, targets)
 
     shallow, deep = change("RISOTTO", 2), change("RISOTTO", 8)
     assert deep["kernels"] > 1.5 * shallow["kernels"] and deep["vectors"] > 1.5 * shallow["vectors"]
@@ -204,9 +202,9 @@ def test_the_first_step_moves_what_it_says():
 
 
 def test_the_committed_first_step_study_says_what_it_measured():
-    stored = json.loads(first_step.results_file().read_text())
+    stored = json.loads(grid.results_file("first_step").read_text())
     assert {(row["scheme"], row["depth"]) for row in stored["rows"]} == {
-        (scheme, depth) for scheme in first_step.SCHEMES for depth in first_step.DEPTHS
+        (scheme, depth) for scheme in first_step.SETTINGS for depth in first_step.DEPTHS
     }
     kernels = {row["depth"]: sum(row["kernels"]) / 3 for row in stored["rows"] if row["scheme"] == "RISOTTO"}
     text = first_step.section(stored)

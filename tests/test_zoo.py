@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from training import cards, engine, release, zoo
+from training import cards, engine, release, tables, zoo
 from training.recipe import load_recipe
 from training.state import load_state
 
@@ -37,7 +37,7 @@ def toy(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "CARDS", root / "model_cards")
         monkeypatch.setattr(module, "PACKAGE", root / "risotto_zoo")
     monkeypatch.setattr(cards, "ROOT", root)
-    monkeypatch.setattr(release, "write_tables", lambda: (root / "tables").touch())
+    monkeypatch.setattr(tables, "pages", lambda: {root / "tables": b""})
     for name, changes in {"toy": {}, "toy_bn": {"model": "risotto_resnet20_bn"}}.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**TOY, **changes}))
     rows = [{"recipe": str(tmp_path / "toy.yaml"), "twin": str(tmp_path / "toy_bn.yaml"), "tag": "digits"}]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .recipe import Augment
 
 
-def stream(*key: object) -> torch.Generator:
+def generator_of(*key: object) -> torch.Generator:
     """A CPU generator for one purpose, fixed by the key (such as seed, 'order', epoch): nothing to save or restore."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

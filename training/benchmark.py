@@ -38,10 +38,12 @@ from risotto_zoo.creation import create_model
 from risotto_zoo.errors import UserError, exits_cleanly
 from risotto_zoo.evaluation import full_precision, observe, summarize
 from risotto_zoo.hub import MANIFEST, release_file
+from risotto_zoo.models.variants import own_cfg
 
 from .data import View, cache_folder, load_set, split_folder
 from .distributed import World, choose_device, cores
-from .export import load_exported, write
+from .export import load_exported, write_net
+from .files import check_place, write
 from .grid import Run, trained
 from .optimization import build_optimizer
 from .pipelines import build_pipeline, open_dataset, streamed_batches, validation_batches
@@ -97,7 +99,7 @@ def init_rows(args: argparse.Namespace) -> list[Row]:
     rows = []
     for name in args.models or ["resnet18", "resnet50", "resnet152"]:
         ours = f"risotto_{name}"
-        make = lambda ours=ours: create_model(ours, num_classes=1000)  # noqa: E731  # a release may have another head
+        make = lambda ours=ours: create_model(ours, num_classes=CLASSES)  # noqa: E731
         rows.append(compare(ours, make, f"timm {name}", lambda name=name: create_model(name), args.rounds))
         peer = lambda name=name: getattr(torchvision.models, name)(weights=None)  # noqa: E731
         rows.append(compare(ours, make, f"torchvision {name}", peer, args.rounds))
@@ -127,7 +129,7 @@ def step_rows(args: argparse.Namespace) -> list[Row]:
 
 
 def _waiting(name: str, source: Path, args: argparse.Namespace, device: torch.device) -> Row:
-    config = timm.get_pretrained_cfg(name).to_dict()
+    config = own_cfg(name)
     side = min(config["input_size"][1], 128)
     settings = {"augment": {"flip": True, "shift": 4}, "batch_size": args.batch, "model": name}
     recipe = validate({**settings, "data": {"source": str(source), "image_size": side}}, "benchmark")
@@ -154,7 +156,7 @@ def _waiting(name: str, source: Path, args: argparse.Namespace, device: torch.de
 
 
 def _step(name: str, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    model = create_model(name).to(device, memory_format=torch.channels_last).train()
+    model = create_model(name, num_classes=CLASSES).to(device, memory_format=torch.channels_last).train()
     side = min(model.default_cfg["input_size"][1], 128)
     images = torch.randn(args.batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(model.num_classes, (args.batch,), device=device)
@@ -181,8 +183,9 @@ def infer_rows(args: argparse.Namespace) -> list[Row]:
     """
     device, rows = choose_device(args.device), []
     for name in args.models or ["risotto_resnet20", "risotto_resnet18", "risotto_resnet50"]:
-        twin = _with_statistics(create_model(f"{name}_bn"))
-        nets = {name: create_model(name).eval(), f"{name}_bn": twin, f"{name}_bn, folded": folded(twin)}
+        twin = _with_statistics(create_model(f"{name}_bn", num_classes=CLASSES))
+        ours = create_model(name, num_classes=CLASSES).eval()
+        nets = {name: ours, f"{name}_bn": twin, f"{name}_bn, folded": folded(twin)}
         plain = name.removeprefix("risotto_")
         if timm.is_model(plain):
             nets[f"timm {plain}"] = _with_statistics(create_model(plain))
@@ -248,8 +251,8 @@ def _ready(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     if mode == "onnx":
         path = folder / f"{len(list(folder.iterdir()))}.onnx"
-        view = View.of({**net.default_cfg, "crop_mode": "center"})
-        write(net, torch.randn(2, *size), path, {"classes": net.num_classes, "labels": None, **asdict(view)})
+        view = View.of(net.default_cfg)
+        write_net(net, torch.randn(2, *size), path, {"classes": net.num_classes, "labels": None, **asdict(view)})
         return load_exported(path).run
     net = net.to(device, memory_format=torch.channels_last)
     return torch.compile(net) if mode == "compiled" else net
@@ -285,7 +288,7 @@ def input_rows(args: argparse.Namespace) -> list[Row]:
         for kind, settings in recipes.items():
             data = {"source": str(source), "pipeline": kind, "image_size": args.size, "workers": args.workers}
             recipe = validate({**settings, "data": data}, "benchmark")
-            config = {**timm.get_pretrained_cfg(recipe.model).to_dict(), "input_size": (3, args.size, args.size)}
+            config = {**own_cfg(recipe.model), "input_size": (3, args.size, args.size)}
             pipeline = build_pipeline(recipe, View.of(config), world)  # says what is wrong with the data, if anything
             peer = _torchvision_epoch(source, args, world.device, recipe.augment.crop_scale)
             images = pipeline.steps_per_epoch * args.batch
@@ -439,6 +442,7 @@ BENCHMARKS = {
     "jobs": jobs_rows,
 }
 MODES = ("eager", "compiled", "onnx")
+CLASSES = 1000  # of every net beside another: by its name alone one has those of its release
 
 
 def _arguments() -> argparse.Namespace:
@@ -467,6 +471,8 @@ def _arguments() -> argparse.Namespace:
 @exits_cleanly
 def main() -> None:
     args = _arguments()
+    if args.json is not None:
+        check_place(args.json)
     rows = BENCHMARKS[args.name](args)
     where = hardware(choose_device(args.device), 1)
     versions = f"torch {torch.__version__}, timm {timm.__version__}"
@@ -480,10 +486,7 @@ def main() -> None:
         )
     if args.json is not None:
         facts = {"benchmark": args.name, "hardware": where, "torch": torch.__version__, "timm": timm.__version__}
-        try:
-            args.json.write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{args.json} cannot be written: {error.strerror}") from None
+        write(args.json, json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,24 +7,23 @@ stale is an error.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timm.models import get_pretrained_cfg
 
 from risotto_zoo.checkpoints import WEIGHTS
 from risotto_zoo.errors import UserError, exits_cleanly
-from risotto_zoo.files import sha256, write_atomically
+from risotto_zoo.files import sha256
 from risotto_zoo.hub import DEFAULT_ORGANIZATION, PACKAGE
 
+from .files import read_json
+from .pages import ROOT, between, check_pages, write_pages
 from .recipe import Recipe, load_recipe
-from .run_folder import literal, png, version_of
+from .run_folder import best, literal, png, version_of
 
-ROOT = Path(__file__).parent.parent
 CARDS = ROOT / "model_cards"
 
 DATASETS = {
@@ -70,20 +69,6 @@ def releases() -> dict[str, dict[str, Any]]:
     return {folder.name: read_json(folder / "results.json") for folder in _folders()}
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content.
-
-    Raises:
-        UserError: If it is missing or no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: not valid JSON") from None
-
-
 def manifest() -> str:
     """risotto_zoo/manifest.json: what the library needs to know of each release.
 
@@ -96,7 +81,6 @@ def manifest() -> str:
             "revision": f"v{result['version']}",
             "bytes": result["bytes"],
             "sha256": result["sha256"][WEIGHTS],
-            "metrics": {key: result["evaluation"][key] for key in ("top1", "top5", "loss", "images")},
             "config": read_json(CARDS / name / "config.json"),
         }
     return json.dumps(entries, indent=1) + "\n"
@@ -120,18 +104,20 @@ def results_table() -> str:
         rows.append(_row(f"[`{model}`](model_cards/{name})", tag, result, twin, _weights(result)))
     for path in sorted(RECORDS.glob("*.json")):
         other = path.with_stem(f"{path.stem}_bn")
-        result, twin = (_recorded(read_json(file)) if file.is_file() else None for file in (path, other))
-        if twin is None or any(result[key] != twin[key] for key in ("data", "train_images", "epochs")):
+        if not other.is_file():
             continue
-        if not result["holdout"] and f"{result['model']}.{Path(result['data']).name}" not in released:
+        (result, holdout), (twin, _) = map(_recorded, (path, other))
+        if holdout or any(result[key] != twin[key] for key in ("data", "train_images", "epochs")):
+            continue
+        if f"{result['model']}.{Path(result['data']).name}" not in released:
             rows.append(_row(f"`{result['model']}`", Path(result["data"]).name, result, twin, "not released"))
     return "\n".join(rows)
 
 
-def _recorded(record: dict[str, Any]) -> dict[str, Any]:
-    results = record["results"]
-    holdout = record["recipe"]["data"]["holdout"]
-    return {**results, "evaluation": results[results.get("better", "raw")], "holdout": holdout}
+def _recorded(path: Path) -> tuple[dict[str, Any], float]:
+    """The results of a record, as a release has them, and the share of the training images they were judged on."""
+    record = read_json(path)
+    return {**record["results"], "evaluation": best(record["results"])}, record["recipe"]["data"]["holdout"]
 
 
 def _row(model: str, tag: str, result: dict[str, Any], twin: dict[str, Any] | None, weights: str) -> str:
@@ -161,7 +147,7 @@ def card(folder: Path, repo_id: str | None = None) -> str:
         "caveat": f"The images in `{result['data']}`, as the recipe names them.",
     }
     data = DATASETS.get(tag, other)
-    judged = "test" if tag in DATASETS else "validation"  # what only a person can say of other people's images
+    judged = data["split"]
     parts = [
         f"---\n{_metadata(name, result, data).to_yaml()}\n---",
         f"# {name}",
@@ -184,42 +170,18 @@ def card(folder: Path, repo_id: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def pages() -> dict[Path, str]:
+def pages() -> dict[Path, bytes]:
     """Every generated file, as it should be."""
     readme = ROOT / "README.md"
     absent = [f"{name}/{WEIGHTS}" for name, result in releases().items() if result["location"] == "hub"]
     ignored = "".join(f"{line}\n" for line in ["# Generated: weights that are on the Hub alone.", *absent])
-    return {
+    texts = {
         CARDS / ".gitignore": ignored,
         **{folder / "README.md": card(folder) for folder in _folders()},
         PACKAGE / "manifest.json": manifest(),
         readme: between(readme.read_text(encoding="utf-8"), "results", results_table()),
     }
-
-
-def stale_pages() -> dict[Path, str]:
-    """Those of `pages` whose file is missing or says something else."""
-    return {
-        path: text for path, text in pages().items() if not path.is_file() or path.read_text(encoding="utf-8") != text
-    }
-
-
-def write_pages() -> None:
-    for path, text in stale_pages().items():
-        write_atomically(path, text.encode())
-        print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
-
-
-def between(text: str, marker: str, table: str) -> str:
-    """`text` with `table` between the marker's two comments.
-
-    Raises:
-        UserError: If a comment is missing.
-    """
-    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    if start not in text or end not in text:
-        raise UserError(f"the markers {start} and {end} are missing")
-    return text[: text.index(start) + len(start)] + f"\n{table}\n" + text[text.index(end) :]
+    return {path: text.encode() for path, text in texts.items()}
 
 
 def duration(seconds: float) -> str:
@@ -403,7 +365,6 @@ def _finetunes(result: dict[str, Any]) -> str:
 def finetune_figure(finetunes: list[dict[str, Any]]) -> bytes:
     """finetune.png: accuracy by epoch from these weights and from scratch, one panel a data set."""
     figure = Figure(figsize=(4.5 * len(finetunes), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, sides in zip(figure.subplots(1, len(finetunes), squeeze=False)[0], finetunes, strict=True):
         for side, label in (("tuned", "from these weights"), ("scratch", "from scratch")):
             points = [(i, 100 * value) for i, value in enumerate(sides[side]["by_epoch"], 1) if value is not None]
@@ -496,11 +457,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 2 if a page is stale")
     args = parser.parse_args()
     _check_weights()
-    if not args.check:
-        write_pages()
-    elif stale := stale_pages():
-        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-        raise UserError(f"stale: {names}; run python -m training.cards")
+    if args.check:
+        check_pages(pages(), "python -m training.cards")
+    else:
+        write_pages(pages())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from .run_folder import best
+
 
 def say(text: str) -> None:
     """A line that does not break a progress bar."""
@@ -28,12 +30,12 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
 
 def summary(folder: Path, results: dict[str, Any], ours: bool) -> str:
     """What came out of a finished run, and what to do with it; only one of `ours` can be released."""
-    best = results[results.get("better", "raw")]
-    low, high = best["top1_interval"]
+    score = best(results)
+    low, high = score["top1_interval"]
     lines = [
         "",
-        f"top-1 {100 * best['top1']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f}) "
-        f"on {best['images']} images, {results['train_seconds']:.0f} s of training, "
+        f"top-1 {100 * score['top1']:.2f}% (95% interval {100 * low:.2f} to {100 * high:.2f}) "
+        f"on {score['images']} images, {results['train_seconds']:.0f} s of training, "
         f"{results['train_images_per_second']:.0f} images/s, {results['peak_memory_bytes'] / 2**20:.0f} MiB at most",
     ]
     if "better" in results:

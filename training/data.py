@@ -462,7 +462,7 @@ def _alone() -> Iterator[None]:
 
 
 def _cache_key(source: Source, settings: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps([DECODING, source.name, source.classes, settings], default=str).encode())
+    digest = hashlib.sha256(json.dumps([DECODING, source.name, source.classes, settings]).encode())
 
     def fingerprint(path: str) -> bytes:
         try:

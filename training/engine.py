@@ -30,7 +30,7 @@ from risotto_zoo.models.resnet import OF_THE_START, RisottoResNet
 from risotto_zoo.models.variants import own_cfg
 
 from . import run_folder
-from .augment import stream
+from .augment import generator_of
 from .console import EpochBar, epoch_line, say, summary
 from .cuda_graph import GraphedStep, Step
 from .data import View, loader_faults
@@ -121,8 +121,6 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         world.barrier()
         _resume(trainer)
         hardware, machines = run_folder.hardware(world.device, world.size), trainer.progress.machines
-        if not machines and trainer.progress.seconds:  # a state of version 0.2.0 does not say
-            machines.append(["unknown", 0.0])
         if not machines or machines[-1][0] != hardware:
             machines.append([hardware, trainer.progress.seconds])
         return _loop(trainer, stop)
@@ -386,7 +384,7 @@ def _step(trainer: Trainer, update: Step, images: Tensor, targets: Tensor) -> tu
     trainer.scheduler.step_update(progress.step)
     # Dropout and stochastic depth draw from the global generators: a function of seed, rank and step, so that a
     # resumed run draws the same.
-    torch.manual_seed(stream(recipe.seed, "step", progress.step, world.rank).initial_seed())
+    torch.manual_seed(generator_of(recipe.seed, "step", progress.step, world.rank).initial_seed())
     outcome = update(images, targets)
     if trainer.ema is not None:
         trainer.ema.update(trainer.model, step=progress.step)
@@ -532,7 +530,7 @@ def _resume(trainer: Trainer) -> None:
         if trainer.world.main:
             say("no state verifies; starting again from the beginning")
         return
-    if facts["data"] != _data_facts(trainer)[: len(facts["data"])]:  # older states know less of the images
+    if facts["data"] != _data_facts(trainer):
         raise UserError(
             f"the images or classes of {trainer.recipe.data.source}, or the size, crop, mean and deviation with which "
             f"the net sees them, have changed since {trainer.output} was begun; pass --overwrite to start again"
@@ -596,7 +594,6 @@ def _finish(trainer: Trainer, result: Evaluation, averaged: Evaluation | None = 
     hashes = _export(trainer, better)
     memory = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else _peak_memory()
     results = {
-        "finished": True,
         "model": trainer.name,
         "data": recipe.data.source,
         "train_images": trainer.pipeline.train_size,

@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from timm.data import resolve_data_config
 from torch import Tensor, nn
@@ -38,12 +36,12 @@ from risotto_zoo.evaluation import (
     per_class,
     summarize,
 )
-from risotto_zoo.files import write_atomically
 
 from .corruptions import CORRUPTIONS, STRENGTHS
 from .data import ImageSet, View, load_set, loader_faults
 from .distributed import World, choose_device, compiling
 from .export import SUFFIXES, load_exported
+from .files import check_place, write
 from .pipelines import EVAL_BATCH, eval_batch, open_dataset, streamed_batches, validation_batches, validation_set
 from .recipe import Data, load_recipe
 from .run_folder import literal, png
@@ -128,7 +126,7 @@ def main() -> None:
             raise _other_images(first, name)
     for path in (args.json, args.csv):
         if path is not None:
-            _check_place(path)
+            check_place(path)
     for name in args.model:
         net, view, classes, labels = load(name, args, device)
         data = data_of[name]
@@ -164,9 +162,9 @@ def main() -> None:
             f"(95% interval {100 * low:+.2f} to {100 * high:+.2f}), McNemar p = {comparison.p:.3g}"
         )
     if args.json is not None:
-        _write(args.json, json.dumps(reports, indent=2) + "\n")
+        write(args.json, json.dumps(reports, indent=2) + "\n")
     if args.csv is not None:
-        _write(args.csv, _csv(reports))
+        write(args.csv, _csv(reports))
 
 
 def _other_images(first: str, other: str) -> UserError:
@@ -395,14 +393,13 @@ def _draw(folder: Path, name: str, outcomes: Outcomes, classes: list[str]) -> No
         ("calibration", reliability_diagram(outcomes)),
         ("confusion", confusion_matrix(outcomes, classes)),
     ):
-        _write(folder / f"{stem}-{kind}.png", png(figure))
+        write(folder / f"{stem}-{kind}.png", png(figure))
 
 
 def reliability_diagram(outcomes: Outcomes) -> Figure:
     """Accuracy by confidence, and how many images there are of each."""
     found: Calibration = calibration(outcomes)
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins = len(found.counts)
     centres = [(i + 0.5) / bins for i in range(bins)]
@@ -421,7 +418,6 @@ def confusion_matrix(outcomes: Outcomes, classes: list[str]) -> Figure:
     shares = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
     side = min(12.0, 3 + 0.4 * len(classes))
     figure = Figure(figsize=(side, side), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     if len(classes) <= 40:
@@ -436,25 +432,6 @@ def confusion_matrix(outcomes: Outcomes, classes: list[str]) -> Figure:
                 axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     axes.set(xlabel="predicted", ylabel="true", title="share of each true class (%)")
     return figure
-
-
-def _check_place(path: Path) -> None:
-    """Before minutes are spent on what is to be written there."""
-    try:
-        with tempfile.TemporaryFile(dir=next(place for place in path.absolute().parents if place.exists())):
-            pass
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it")
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

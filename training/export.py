@@ -45,26 +45,29 @@ class Exported:
     labels: list[str] | None
 
 
-def export(name: str, path: Path, half: bool = False, images: Tensor | None = None) -> float:
+def export(name: str, path: Path, half: bool = False, data: str | None = None) -> float:
     """Write a model to a file, in the format that its suffix says, once it agrees with PyTorch.
 
     Args:
         name: A model with weights, as for `timm.create_model`.
         path: *.onnx, *.ts (TorchScript) or *.pt2 (torch.export).
         half: Weights and arithmetic in float16; inputs and logits stay float32.
-        images: Normalized images (N, C, H, W) to compare on; crops of two photos if None.
+        data: Image folder on whose validation images (100 at most) to compare; crops of two photos if None.
 
     Returns:
         The largest difference of a logit from PyTorch's in float32, relative to the largest logit.
 
     Raises:
-        UserError: If the model cannot be had, the format's package is missing, the file cannot be written, or the
-            difference is above tolerance: nothing is written then.
+        UserError: If the model or the images cannot be had, the format's package is missing, the file cannot be
+            written, or the difference is above tolerance: nothing is written then.
     """
     model = create_model(name, pretrained=True).eval()
     view = View.of(resolve_data_config(model=model, use_test_size=True, verbose=False))
-    if images is None:
+    if data is None:
         images = photos(view, max(CHECKED))
+    else:
+        held = load_set(data, False, view)
+        images = normalized(held.images[torch.linspace(0, len(held) - 1, min(100, len(held))).long()], view)
     labels = model.pretrained_cfg.get("label_names")
     facts = {"model": name, "classes": model.num_classes, "labels": list(labels) if labels else None, **asdict(view)}
     with torch.no_grad():
@@ -73,7 +76,7 @@ def export(name: str, path: Path, half: bool = False, images: Tensor | None = No
     temporary = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(net, images, temporary, facts)
+        write_net(net, images, temporary, facts)
         difference = _difference(load_exported(temporary).run, images, wanted)
         if not difference <= TOLERANCE[half]:
             raise UserError(
@@ -89,7 +92,7 @@ def export(name: str, path: Path, half: bool = False, images: Tensor | None = No
     return difference
 
 
-def write(net: nn.Module, images: Tensor, path: Path, facts: dict[str, Any]) -> None:
+def write_net(net: nn.Module, images: Tensor, path: Path, facts: dict[str, Any]) -> None:
     """Write a net in the format of the path's suffix, unchecked.
 
     Args:
@@ -269,14 +272,7 @@ def main() -> None:
     path = args.output or Path(args.name.replace(":", "_").replace("/", "_") + suffix)
     if path.suffix != suffix:
         raise UserError(f"--output {path}: a {args.format} file is named *{suffix}")
-    images = None
-    if args.data is not None:
-        model = create_model(args.name, pretrained=True)
-        view = View.of(resolve_data_config(model=model, use_test_size=True, verbose=False))
-        held = load_set(args.data, False, view)
-        chosen = torch.linspace(0, len(held) - 1, min(100, len(held))).long()
-        images = normalized(held.images[chosen], view)
-    difference = export(args.name, path, args.half, images)
+    difference = export(args.name, path, args.half, args.data)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, batches of any size; largest difference of a logit")
     print(f"from PyTorch, relative to the largest: {difference:.1e}")
 

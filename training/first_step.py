@@ -1,4 +1,4 @@
-"""What the first step of training changes: every scheme, from 20 to 110 layers, on real images."""
+"""What the first step of training changes: every setting, from 20 to 110 layers, on real images."""
 
 import platform
 import statistics
@@ -8,20 +8,18 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from risotto_zoo.files import write_atomically
-
+from .files import write
+from .grid import results_file
 from .optimization import build_optimizer
 from .propagation import some_images
 from .recipe import validate
 from .run_folder import a_row_a_line
 
-FOLDER = Path(__file__).parent / "studies" / "first_step"
-SCHEMES = {
+SETTINGS = {
     "RISOTTO": {},
     "RISOTTO, alpha 0.1": {"alpha": 0.1},
     "RISOTTO, one pair rotated": {"rotated_pairs": 1},
@@ -38,21 +36,17 @@ RATE = 0.003  # the best of ResNet-20's in a few epochs, for kernels and all els
 KINDS = {"kernels": "kernels", "vectors": "biases", "ends": "stem and head", "alphas": "alphas"}
 
 
-def results_file() -> Path:
-    return FOLDER / "results.json"
-
-
-def conduct(source: Path) -> dict[str, Any]:
-    """Measure every scheme at every depth, write results.json, and return what it holds."""
+def conduct(source: Path) -> None:
+    """Measure every setting at every depth, and write results.json."""
     images, targets = some_images(source, True, IMAGES * len(SEEDS))
-    grid = [(scheme, depth) for depth in DEPTHS for scheme in SCHEMES]
+    grid = [(setting, depth) for depth in DEPTHS for setting in SETTINGS]
     rows = []
-    for scheme, depth in tqdm(grid, "first_step", disable=None):
+    for setting, depth in tqdm(grid, "first_step", disable=None):
         measured = [
-            measure(SCHEMES[scheme], DEPTHS[depth], seed, images[i :: len(SEEDS)], targets[i :: len(SEEDS)])
+            measure(SETTINGS[setting], DEPTHS[depth], seed, images[i :: len(SEEDS)], targets[i :: len(SEEDS)])
             for i, seed in enumerate(SEEDS)
         ]
-        rows.append({"scheme": scheme, "depth": depth, **{key: [m[key] for m in measured] for key in measured[0]}})
+        rows.append({"scheme": setting, "depth": depth, **{key: [m[key] for m in measured] for key in measured[0]}})
     stored = {
         "data": source.name,
         "images": IMAGES,
@@ -62,24 +56,22 @@ def conduct(source: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "rows": rows,
     }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    write_atomically(results_file(), a_row_a_line(stored, "rows"))
-    return stored
+    write(results_file("first_step"), a_row_a_line(stored, "rows"))
 
 
 def measure(
-    scheme: dict[str, Any], layers: tuple[int, ...], seed: int, images: Tensor, targets: Tensor
+    setting: dict[str, Any], layers: tuple[int, ...], seed: int, images: Tensor, targets: Tensor
 ) -> dict[str, float]:
     """Change of the last feature map by the first step of Muon, relative to its norm.
 
     Args:
-        scheme: `model` and arguments of timm.create_model, where they are not RISOTTO's on a ResNet of identity skips.
+        setting: `model` and arguments of timm.create_model, where they are not RISOTTO's on a ResNet of identity skips.
         images: Normalized, shape (B, 3, 32, 32); targets of shape (B,).
 
     Returns:
         The change by all parameters together ("all") and by each kind of KINDS with the others held still.
     """
-    arguments = {"layers": layers, "seed": seed, **scheme}
+    arguments = {"layers": layers, "seed": seed, **setting}
     model = timm.create_model(arguments.pop("model", "risotto_resnet20"), **arguments)
     optimizer = build_optimizer(
         model, validate({"optimizer": {"name": "muon", "lr": RATE, "momentum": 0.95}}, "first_step")
@@ -144,7 +136,6 @@ def _finding(rows: list[dict[str, Any]]) -> str:
 def figures(stored: dict[str, Any]) -> dict[str, Figure]:
     """Change by depth, one line a scheme, one panel for all parameters and one each for kernels and biases."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
-    FigureCanvasSVG(figure)
     panels = figure.subplots(1, 3, sharey=True)
     for axes, key in zip(panels, ("all", "kernels", "vectors"), strict=True):
         for scheme in dict.fromkeys(row["scheme"] for row in stored["rows"]):

@@ -21,14 +21,14 @@ from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from risotto_zoo.errors import UserError, did_you_mean
-from risotto_zoo.files import sha256, write_atomically
+from risotto_zoo.files import sha256
 
-from .cards import read_json
 from .console import say
 from .distributed import World, choose_device, cores
 from .engine import Diverged, Stopped, train
+from .files import read_json, write
 from .recipe import Recipe, Section, assign, explain, read_with_base, validate
-from .run_folder import hardware, read_metrics, version_of
+from .run_folder import finished_results, hardware, read_metrics, version_of
 
 STUDIES = Path(__file__).parent / "studies"
 RUNS = Path("runs") / "studies"
@@ -209,9 +209,9 @@ def conduct(name: str, jobs: int, device: str | None) -> None:
                 records[run.key] = record
                 bar.update()
                 say(f"{run.arm} {'' if run.x is None else run.x} seed {run.seed}: {_told(run, record)}")
-                _write(file, stored)
+                write(file, _text(stored))
     stored["runs"] = current(study, records)
-    _write(file, stored)
+    write(file, _text(stored))
 
 
 def _told(run: Run, record: dict[str, Any]) -> str:
@@ -219,9 +219,8 @@ def _told(run: Run, record: dict[str, Any]) -> str:
     return f"{how} in {record['seconds']:.0f} s" + (f" (tuning, {run.tuned})" if run.tuning else "")
 
 
-def _write(file: Path, stored: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, (json.dumps(stored, indent=1) + "\n").encode())
+def _text(stored: dict[str, Any]) -> str:
+    return json.dumps(stored, indent=1) + "\n"
 
 
 def trained(
@@ -235,7 +234,7 @@ def trained(
     waiting: dict[Future, Run] = {}  # no more than run at once: what a pool has queued cannot be taken back
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with ProcessPoolExecutor(jobs, context, initializer=_begin_worker, initargs=(threads,)) as pool:
+        with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
             try:
                 while True:
                     for run in itertools.islice(left, jobs - len(waiting)):
@@ -261,18 +260,13 @@ def trained(
         signal.signal(signal.SIGTERM, before)
 
 
-def _begin_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-
-
 def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | None:
     """Train, or read what an earlier study has trained by the same recipe; None if a signal stopped it."""
     folder, log = output / run.key, output / "logs" / f"{run.key}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     where = World(0, 1, choose_device(device))
-    finished = (folder / "results.json").is_file()
     diverged = (folder / "diverged").is_file()
-    if not finished and not diverged:
+    if finished_results(folder) is None and not diverged:
         with open(log, "a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stderr(file):
             try:
                 train(run.recipe, folder, where)
@@ -282,7 +276,7 @@ def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | N
             except Stopped:
                 return None
     rows = read_metrics(folder)
-    results = read_json(folder / "results.json") if not diverged else {}
+    results = finished_results(folder) if not diverged else {}
     return {
         "arm": run.arm,
         "x": run.x,

@@ -142,25 +142,9 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_
     total = recipe.epochs * steps_per_epoch
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     common = {"warmup_t": warmup, "warmup_prefix": False, "t_in_epochs": False, "t_initial": total}
-    if recipe.schedule == "linear":
-        return PolyLRScheduler(optimizer, power=1.0, **common)
-    return (
-        CosineLRScheduler(optimizer, lr_min=0.0, **common)
-        if recipe.schedule == "cosine"
-        else _Constant(optimizer, "lr", warmup_t=warmup, t_in_epochs=False)
-    )
-
-
-class _Constant(Scheduler):
-    """The warm-up alone; timm's schedulers all decay."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, group_field: str, warmup_t: int, t_in_epochs: bool) -> None:
-        super().__init__(optimizer, group_field, t_in_epochs=t_in_epochs)
-        self.warmup_t = warmup_t
-
-    def _get_lr(self, t: int) -> list[float]:
-        share = min(1.0, t / self.warmup_t) if self.warmup_t else 1.0
-        return [value * share for value in self.base_values]
+    if recipe.schedule == "cosine":
+        return CosineLRScheduler(optimizer, **common)
+    return PolyLRScheduler(optimizer, power=1.0 if recipe.schedule == "linear" else 0.0, **common)
 
 
 class ScaledStandardization(nn.Module):

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from risotto_zoo.errors import UserError, did_you_mean
 from risotto_zoo.images import UnreadableImage
 
-from .augment import Draw, augmented, draw, mixed, stream
+from .augment import Draw, augmented, draw, generator_of, mixed
 from .console import say
 from .data import (
     TIMM_SCHEMES,
@@ -47,6 +47,7 @@ class Pipeline(Protocol):
     val_size: int
     steps_per_epoch: int
     contents: list[str]  # checksums of what there is to train on and to validate on
+    unreadable: list[str]  # what is left out, and why
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images, shape (B, C, H, W), and target distributions, (B, K), of this process, on its device."""
@@ -81,9 +82,9 @@ def resident_sets(data: Data, view: View, progress: bool = True) -> tuple[ImageS
     if data.train_images is not None:
         if data.train_images > len(train):
             raise UserError(f"data.train_images: there are only {len(train)} training images in {data.source}")
-        train = train.subset(torch.randperm(len(train), generator=stream("subset"))[: data.train_images])
+        train = train.subset(torch.randperm(len(train), generator=generator_of("subset"))[: data.train_images])
     if data.holdout:
-        order = torch.randperm(len(train), generator=stream("holdout"))
+        order = torch.randperm(len(train), generator=generator_of("holdout"))
         held = round(data.holdout * len(train))
         if held == 0 or held == len(train):
             raise UserError(f"data.holdout: {data.holdout} of {len(train)} images leaves one part empty")
@@ -121,20 +122,20 @@ class Resident:
         self.unreadable = list(dict.fromkeys(train.unreadable + val.unreadable))  # a held-out part tells the same
         self.train_size, self.val_size = len(train), len(val)
         self.contents = [checksum(train), checksum(val)]
-        self.batch, self.steps_per_epoch = _batch_plan(recipe, len(train), world)
+        self.steps_per_epoch = _steps(recipe, len(train), world)
         check_device_memory(train, world.device)
         self.images, self.targets = train.images.to(world.device), train.targets.to(world.device)
         self.mean, self.std = (torch.tensor(values, device=world.device) for values in (view.mean, view.std))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         recipe, world = self.recipe, self.world
-        order = torch.randperm(self.train_size, generator=stream(recipe.seed, "order", epoch))
-        share = self.batch // world.size
+        order = torch.randperm(self.train_size, generator=generator_of(recipe.seed, "order", epoch))
+        share = recipe.batch_size // world.size
         mine = slice(world.rank * share, (world.rank + 1) * share)
         mixes = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
         for step in range(start, self.steps_per_epoch):
-            index = order[step * self.batch : (step + 1) * self.batch]
-            draws = draw(self.batch, recipe.augment, stream(recipe.seed, "augment", epoch, step))
+            index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            draws = draw(recipe.batch_size, recipe.augment, generator_of(recipe.seed, "augment", epoch, step))
             own = draws.rows(mine)
             images, targets = self._batch(index[mine], own)
             if mixes:
@@ -196,10 +197,9 @@ class Streaming:
             self.val.check()
             if (files := self.val.source.files) is not None and files == self.train.source.files:
                 raise _same_images(data.source)
-        self.classes = self.train_classes
         self.train_size, self.val_size = _images(self.train), _images(self.val)
         self.contents = [part.source.listing() for part in (self.train, self.val) if isinstance(part, Listed)]
-        self.batch, self.steps_per_epoch = _batch_plan(recipe, self.train_size, world)
+        self.steps_per_epoch = _steps(recipe, self.train_size, world)
         try:
             self._training_loader(self.train)
         except Exception as error:  # timm checks its arguments in many places
@@ -217,9 +217,9 @@ class Streaming:
             count = self.recipe.model_args.get("num_classes")
             if classes is None and count is None:
                 raise UserError(f"{data.source} does not say how many classes it has; set model_args.num_classes")
-            self.train_classes = classes or [str(i) for i in range(count)]
-        elif classes not in (None, self.train_classes):
-            raise _other_classes(self.train_classes, classes, data.source)
+            self.classes = classes or [str(i) for i in range(count)]
+        elif classes not in (None, self.classes):
+            raise _other_classes(self.classes, classes, data.source)
         return dataset
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -228,8 +228,8 @@ class Streaming:
         if isinstance(part, IterableDataset):  # its reader shards and shuffles by itself
             part.set_epoch(epoch)
         else:
-            order = torch.randperm(self.train_size, generator=stream(recipe.seed, "order", epoch))
-            part = _Part(part, order[world.rank : self.steps_per_epoch * self.batch : world.size].tolist())
+            order = torch.randperm(self.train_size, generator=generator_of(recipe.seed, "order", epoch))
+            part = _Part(part, order[world.rank : self.steps_per_epoch * recipe.batch_size : world.size].tolist())
         loader = self._training_loader(part)
         mixes = recipe.augment.mixup > 0 or recipe.augment.cutmix > 0
         batches = itertools.chain.from_iterable(itertools.repeat(loader))  # again, should a reader run short
@@ -237,7 +237,7 @@ class Streaming:
         for step in range(self.steps_per_epoch):
             # Order, workers' seeds and, without workers, transforms draw from the global generators: as functions of
             # the step they repeat the epoch's stream on resuming, which runs through the batches before `start`.
-            timm.utils.random_seed(stream(recipe.seed, "loader", epoch, step, world.rank).initial_seed() % 2**32)
+            timm.utils.random_seed(generator_of(recipe.seed, "loader", epoch, step, world.rank).initial_seed() % 2**32)
             images, targets = next(batches)
             if epoch == 0:  # one epoch sees every label
                 largest = torch.maximum(largest, targets.max().to(world.device))
@@ -250,7 +250,7 @@ class Streaming:
             targets = targets.to(world.device).clamp(max=len(self.classes) - 1)
             targets = F.one_hot(targets, len(self.classes)).float()
             if mixes:
-                draws = draw(len(images), recipe.augment, stream(recipe.seed, "augment", epoch, step, world.rank))
+                draws = draw(len(images), recipe.augment, generator_of(recipe.seed, "augment", epoch, step, world.rank))
                 draws = draws.to(world.device)
                 images, portion = mixed(images, images[draws.partner], draws)
                 targets = targets * portion[:, None] + targets[draws.partner] * (1 - portion[:, None])
@@ -267,7 +267,7 @@ class Streaming:
         return _timm_loader(
             part,
             replace(self.view, input_size=(self.view.input_size[0], side, side)),
-            self.batch // self.world.size,
+            self.recipe.batch_size // self.world.size,
             True,
             self.world.device,
             self.recipe.data.workers,
@@ -411,8 +411,8 @@ class _Part(Subset):
             super().__setattr__(name, value)
 
 
-def _batch_plan(recipe: Recipe, images: int, world: World) -> tuple[int, int]:
-    """Global batch size and steps of an epoch; the images that fill no whole batch wait for another epoch's order."""
+def _steps(recipe: Recipe, images: int, world: World) -> int:
+    """Steps of an epoch; the images that fill no whole batch wait for another epoch's order."""
     if recipe.batch_size % (world.size * recipe.accumulate):
         raise UserError(
             f"batch_size {recipe.batch_size} cannot be split over {world.size} processes "
@@ -420,7 +420,7 @@ def _batch_plan(recipe: Recipe, images: int, world: World) -> tuple[int, int]:
         )
     if images < recipe.batch_size:
         raise UserError(f"batch_size {recipe.batch_size} is more than the {images} training images")
-    return recipe.batch_size, images // recipe.batch_size
+    return images // recipe.batch_size
 
 
 def _other_classes(train: list[str], val: list[str], source: str) -> UserError:

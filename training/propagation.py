@@ -9,18 +9,18 @@ from typing import Any
 import timm
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from risotto_zoo.files import write_atomically
 from risotto_zoo.initializers import SCHEMES
 from risotto_zoo.isometry import probed_singular_values, signal_by_block, signal_map
+from risotto_zoo.models.variants import own_cfg
 
 from .data import View, load_set, normalized
+from .files import write
+from .grid import results_file
 from .run_folder import a_row_a_line
 
-FOLDER = Path(__file__).parent / "studies" / "propagation"
 DEPTHS = {20: (3, 3, 3), 56: (9, 9, 9), 110: (18, 18, 18), 1202: (200, 200, 200)}
 IMAGES = 8
 PROBES = 32
@@ -35,12 +35,8 @@ LABELS = {
 }
 
 
-def results_file() -> Path:
-    return FOLDER / "results.json"
-
-
-def conduct(source: Path) -> dict[str, Any]:
-    """Measure every scheme at every depth, write results.json, and return what it holds."""
+def conduct(source: Path) -> None:
+    """Measure every scheme at every depth, and write results.json."""
     images, _ = some_images(source, False, IMAGES)
     grid = [(scheme, depth) for depth in DEPTHS for scheme in SCHEMES]
     start, rows = time.perf_counter(), []
@@ -55,9 +51,7 @@ def conduct(source: Path) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "rows": rows,
     }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    write_atomically(results_file(), a_row_a_line(stored, "rows"))
-    return stored
+    write(results_file("propagation"), a_row_a_line(stored, "rows"))
 
 
 def some_images(source: Path, training: bool, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +60,7 @@ def some_images(source: Path, training: bool, count: int) -> tuple[torch.Tensor,
     Raises:
         UserError: If the source is missing, empty or holds nothing readable.
     """
-    view = View.of({**timm.get_pretrained_cfg("risotto_resnet20").to_dict(), "crop_mode": "center"})
+    view = View.of(own_cfg("risotto_resnet20"))
     held = load_set(str(source), training, view)
     chosen = torch.linspace(0, len(held) - 1, count).long()
     return normalized(held.images[chosen], view), held.targets[chosen]
@@ -193,7 +187,6 @@ def figures(stored: dict[str, Any]) -> dict[str, Figure]:
     result = {}
     for name, rows in drawn.items():
         figure = Figure(figsize=(3.2 * len(depths), 2.8 * len(rows) + 0.4), layout="constrained")
-        FigureCanvasSVG(figure)
         panels = figure.subplots(len(rows), len(depths), squeeze=False, sharey="row")
         for (key, label), line in zip(rows, panels, strict=True):
             for axes, depth in zip(line, depths, strict=True):

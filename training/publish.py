@@ -24,8 +24,9 @@ from risotto_zoo.files import git_sha1, sha256
 from risotto_zoo.hub import explained, fetch, patiently
 from risotto_zoo.loading import load
 
-from .cards import card, read_json
+from .cards import card
 from .console import say
+from .files import read_json
 from .release import COPIED
 
 FILES = ("README.md", "config.json", WEIGHTS, "results.json", "recipe.yaml", "metrics.csv", "curves.png")
@@ -131,7 +132,7 @@ def check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"{repo_id!r} is no repository name: {str(error).split(':')[0]}") from None
+        raise explained(error, repo_id, repo_id) from None
     if "/" not in repo_id:
         raise UserError(f"{repo_id!r} is no repository name: write it as ORG/NAME")
 

@@ -33,7 +33,8 @@ NOT_OF_THE_NET = (
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    # Some versions of pydantic warn of keys that begin with model_.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
 class Data(Section):
@@ -193,10 +194,6 @@ class Recipe(Section):
                 f"warmup_epochs {self.warmup_epochs} leaves nothing of the epochs; set warmup_epochs=0",
             ),
             (self.batch_size < 2 and (self.augment.mixup or self.augment.cutmix), "mixup and cutmix need two images"),
-            (
-                self.model_args.get("num_classes") == 1 and (self.augment.mixup or self.augment.cutmix),
-                "augment: mixup and cutmix have nothing to mix with one class",
-            ),
             (
                 self.augment.mixup_prob < 1 and not (self.augment.mixup or self.augment.cutmix),
                 "augment: mixup_prob has no effect without mixup or cutmix; set one of them or leave it out",

@@ -30,13 +30,15 @@ from risotto_zoo.hub import PACKAGE
 from risotto_zoo.isometry import probed_singular_values, signal_map
 from risotto_zoo.models.resnet import OF_THE_START
 
-from .cards import CARDS, DATASETS, LICENSE, card, finetune_figure, read_json, write_pages
+from . import cards, tables
+from .cards import CARDS, DATASETS, LICENSE, card, finetune_figure
 from .data import View
 from .distributed import World, choose_device
+from .files import read_json
+from .pages import write_pages
 from .pipelines import EVAL_BATCH, open_dataset, streamed_batches, validation_batches, validation_set
 from .recipe import Recipe, differences, dump, load_recipe, validate, without_places
-from .run_folder import read_metrics
-from .tables import write_tables
+from .run_folder import best, finished_results, read_metrics
 
 PACKAGE_BYTES = 4_000_000
 REPOSITORY_BYTES = 28 * 2**20
@@ -77,9 +79,10 @@ def release(
         raise UserError(f"tag {tag!r}: use lower-case letters, digits, - and _, such as cifar10-jpeg")
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise UserError(f"license {license!r}: give its identifier on the Hub, such as mit or cc-by-nc-4.0")
-    results, state = _finished(run)
+    results = _finished(run)
     if "evaluation" in results:
         raise UserError(f"{run} holds a release, not a run")
+    state = read_tensors(read_verified(run / WEIGHTS, results["sha256"].get(WEIGHTS)), str(run / WEIGHTS))
     config = read_json(run / "config.json")
     recipe = load_recipe(str(run / "recipe.yaml"))
     if recipe.data.holdout:
@@ -92,6 +95,7 @@ def release(
     if half:
         state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
     data = safetensors.torch.save(state, metadata={"format": "pt"})
+    read_tensors(data, f"{run} in float16" if half else str(run))  # what float16 cannot hold is infinite by now
     folder = (output or CARDS / name).resolve()
     before = _release_before(folder, name)
     location = "hub" if output else _location(name, len(data))
@@ -136,18 +140,17 @@ def release(
         results["finetunes"] = before.get("finetunes", [])
     _replace_folder(folder, results, files)
     if output is None:
-        write_pages()
-        write_tables()  # the head of its recipe
+        write_pages(cards.pages())
+        write_pages(tables.pages())  # the head of its recipe
     return folder
 
 
-def _finished(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Results and weights of a run, verified."""
-    missing = [name for name in ("results.json", *COPIED) if not (run / name).is_file()]
-    if missing or not (results := read_json(run / "results.json")).get("finished"):
+def _finished(run: Path) -> dict[str, Any]:
+    """Results of a run that has ended."""
+    results = finished_results(run)
+    if results is None or not all((run / name).is_file() for name in COPIED):
         raise UserError(f"{run} holds no finished run; run its training command again to finish it")
-    data = read_verified(run / WEIGHTS, results["sha256"].get(WEIGHTS))
-    return results, read_tensors(data, str(run / WEIGHTS))
+    return results
 
 
 def _release_before(folder: Path, name: str) -> dict[str, Any]:
@@ -187,7 +190,7 @@ def _check_plain(config: dict[str, Any], state: dict[str, Tensor], run: Path) ->
             "register the variant under a name of its own first"
         )
     channels = config["pretrained_cfg"]["input_size"][0]
-    model = create_model(name, num_classes=config["num_classes"], in_chans=channels, init=None)
+    model = create_model(name, num_classes=config["num_classes"], in_chans=channels, device="meta")
     cfg = {**config["pretrained_cfg"], "architecture": name, "num_classes": config["num_classes"]}
     check_state(state, model, cfg, f"{run}/{WEIGHTS}")
 
@@ -216,7 +219,7 @@ def _baseline(source: Path, ours: dict[str, Any], recipe: Recipe) -> dict[str, A
             raise UserError(f"baseline {source} is no record of a run; training/results holds such")
         results, theirs = record["results"], validate(record["recipe"], str(source))
     else:
-        results, _ = _finished(source)
+        results = _finished(source)
         theirs = load_recipe(str(source / "recipe.yaml"))
     theirs = without_places(theirs)
     results["data"] = theirs.data.source
@@ -231,15 +234,14 @@ def _baseline(source: Path, ours: dict[str, Any], recipe: Recipe) -> dict[str, A
 def _outcome(results: dict[str, Any]) -> dict[str, Any]:
     """What a table says of a run or a release."""
     kept = ("model", "epochs", "seed", "train_seconds", "hardware", "parameters")
-    score = results.get("evaluation") or results[results.get("better", "raw")]
-    return {**{key: results[key] for key in kept}, "evaluation": score}
+    return {**{key: results[key] for key in kept}, "evaluation": best(results)}
 
 
 def _finetune(tuned: Path, scratch: Path, run: Path, name: str | None) -> dict[str, Any]:
     """What a run reached on other data from the weights of `run`, which bear `name` already, and one from scratch."""
     sides = {}
     for side, folder in (("tuned", tuned), ("scratch", scratch)):
-        results, _ = _finished(folder)
+        results = _finished(folder)
         recipe = load_recipe(str(folder / "recipe.yaml"))
         if (side == "tuned") != (recipe.init_from is not None):
             raise UserError(f"{folder}: name the run that was fine-tuned first, then the one from scratch")
@@ -268,7 +270,7 @@ def _isometry(config: dict[str, Any], recipe: Recipe) -> dict[str, Any] | None:
     if config["architecture"].endswith("_bn") or others or recipe.init_from is not None:
         return None
     size = config["pretrained_cfg"]["input_size"]
-    args = {"num_classes": config["num_classes"], "in_chans": size[0], "seed": recipe.seed, **config["model_args"]}
+    args = {"num_classes": config["num_classes"], "in_chans": size[0], "seed": recipe.seed, **recipe.model_args}
     model = create_model(config["architecture"], **args).eval()
     image = torch.randn(size, generator=torch.Generator().manual_seed(0))
     values = probed_singular_values(signal_map(model), image, PROBES)

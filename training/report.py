@@ -14,10 +14,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from risotto_zoo.files import write_atomically
-
 from . import first_step, propagation
-from .cards import read_json
+from .files import read_json
 from .grid import STUDIES, Claim, Study, candidates, chosen, current, load_study, results_file, study_names
 from .recipe import Recipe, validate
 
@@ -41,13 +39,13 @@ CHANCE = 0.1  # the studies' images are of ten classes
 FAILED = 0.13  # at most: chance, and three standard deviations of 1,000 images
 
 
-def files() -> dict[Path, bytes]:
+def pages() -> dict[Path, bytes]:
     """Every generated file of the studies, as it should be."""
     parts, result = [HEAD], {}
-    for measured in MEASURED.values():
-        if measured.results_file().is_file():
-            stored = read_json(measured.results_file())
-            result |= {measured.FOLDER / name: svg(figure) for name, figure in measured.figures(stored).items()}
+    for name, measured in MEASURED.items():
+        if results_file(name).is_file():
+            stored = read_json(results_file(name))
+            result |= {STUDIES / name / key: svg(figure) for key, figure in measured.figures(stored).items()}
             parts.append(measured.section(stored))
     untested = []
     for name in study_names():
@@ -56,8 +54,9 @@ def files() -> dict[Path, bytes]:
             untested.append(_untested(name, study))
             continue
         records = current(study, read_json(results_file(name))["runs"])
-        result |= {STUDIES / name / key: svg(figure) for key, figure in _figures(study, records).items()}
-        parts.append(_section(name, study, records))
+        figures = _figures(study, records)
+        result |= {STUDIES / name / key: svg(figure) for key, figure in figures.items()}
+        parts.append(_section(name, study, records, figures))
     parts += ["## Not run yet\n\n" + "\n".join(untested)] if untested else []
     result[STUDIES / "README.md"] = ("\n".join(part.rstrip() + "\n" for part in parts)).encode()
     return result
@@ -66,8 +65,8 @@ def files() -> dict[Path, bytes]:
 def verdicts() -> str:
     """A table for the README: each claim that was tested, its verdict in short, and the scale of it all."""
     rows = ["| claim | study | verdict |", "|---|---|---|"]
-    if propagation.results_file().is_file():
-        told = propagation.verdict(read_json(propagation.results_file()))
+    if results_file("propagation").is_file():
+        told = propagation.verdict(read_json(results_file("propagation")))
         rows.append(f"| {propagation.CLAIM} | `propagation` | {told.partition(':')[0]} |")
     studies = {name: load_study(name) for name in study_names() if results_file(name).is_file()}
     for name, study in studies.items():
@@ -97,15 +96,6 @@ def _scale(named: dict[str, Study]) -> str:
         "runs. "
         "What is not confirmed at this scale is not thereby refuted."
     )
-
-
-def write_all() -> list[Path]:
-    """Write what is not as it should be; returns those files."""
-    stale = {path: data for path, data in files().items() if not path.is_file() or path.read_bytes() != data}
-    for path, data in stale.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
-    return list(stale)
 
 
 def svg(figure: Figure) -> bytes:
@@ -147,10 +137,10 @@ def _final(records: Records, arm: str, x: Any = None) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: (str(r["x"]), r["seed"]))
 
 
-def _section(name: str, study: Study, records: Records) -> str:
+def _section(name: str, study: Study, records: Records, figures: Iterable[str]) -> str:
     lines = [f"## {study.title}", "", f"`{name}`. {study.question}", "", _conditions(study, records), ""]
     lines += [_table(study, records), ""]
-    for figure in _figures(study, records):
+    for figure in figures:
         lines += [f"![{figure.partition('.')[0].replace('_', ' ')}]({name}/{figure})", ""]
     for claim in study.claims:
         lines += [
@@ -429,18 +419,14 @@ def _reservations(study: Study, records: Records, claim: Claim) -> str:
 
 
 def _figures(study: Study, records: Records) -> dict[str, Figure]:
-    result = {}
     if study.vary is None:
-        result["accuracy_by_epoch.svg"] = _plot(lambda axes: _by_epoch(axes, study, records))
-    if study.vary is not None:
-        name = f"accuracy_by_{study.vary.key.split('.')[-1]}.svg"
-        result[name] = _plot(lambda axes: _by_value(axes, study, records))
-    return result
+        return {"accuracy_by_epoch.svg": _plot(lambda axes: _by_epoch(axes, study, records))}
+    name = f"accuracy_by_{study.vary.key.split('.')[-1]}.svg"
+    return {name: _plot(lambda axes: _by_value(axes, study, records))}
 
 
 def _plot(draw: Callable[[Axes], None]) -> Figure:
     figure = Figure(figsize=(7.5, 4), layout="constrained")
-    FigureCanvasSVG(figure)
     axes = figure.subplots()
     draw(axes)
     axes.grid(alpha=0.3)

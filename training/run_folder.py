@@ -26,6 +26,7 @@ import risotto_zoo
 from risotto_zoo.errors import UserError
 from risotto_zoo.files import write_atomically
 
+from .files import read_json
 from .recipe import Recipe, differences, dump, load_recipe
 
 FILES = (
@@ -57,8 +58,7 @@ def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
     if used and not (folder / "recipe.yaml").is_file():
         raise UserError(f"output folder {folder} is not empty and holds no run; choose another with --output")
     if used and not overwrite:
-        results = _json(folder / "results.json")
-        if results is not None and results.get("finished"):
+        if finished_results(folder) is not None:
             raise UserError(f"{folder} holds a finished run; pass --overwrite to replace it, or another --output")
         if not resume:
             raise UserError(
@@ -184,11 +184,19 @@ def version_of(folder: Path, package: str) -> str:
     return "unknown"
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def finished_results(folder: Path) -> dict[str, Any] | None:
+    """results.json, which a run writes when it ends; None if it has not.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    path = folder / "results.json"
+    return read_json(path) if path.is_file() else None
+
+
+def best(results: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation that counts: a release's, or that of a run's better weights, where it has averaged ones, too."""
+    return results.get("evaluation") or results[results.get("better", "raw")]
 
 
 def hardware(device: torch.device, processes: int) -> str:
@@ -245,7 +253,6 @@ def write_curves(folder: Path, history: list[dict[str, Any]], title: str) -> Non
     if not history:
         return
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     loss, accuracy = figure.subplots(1, 2)
 
     def plot(axis: Axes, key: str, label: str, scale: float = 1.0) -> None:
@@ -278,9 +285,10 @@ def png(figure: Figure) -> bytes:
     figure.set_dpi(120)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws boxes in their place
-        figure.canvas.draw()
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
     buffer = io.BytesIO()
-    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     image.quantize(128, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 

@@ -5,12 +5,12 @@ writes the tables, figures and report of all studies from the committed results;
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from risotto_zoo.errors import UserError, exits_cleanly
 
 from . import grid, report
+from .pages import write_pages
 from .report import MEASURED
 
 
@@ -38,8 +38,7 @@ def main() -> None:
         MEASURED[args.name].conduct(args.data)
     elif args.name != "report":
         grid.conduct(args.name, args.jobs or grid.default_jobs(args.device), args.device)
-    for path in report.write_all():
-        print(f"wrote {path}", file=sys.stderr)
+    write_pages(report.pages())
 
 
 if __name__ == "__main__":

@@ -10,19 +10,18 @@ same.
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from risotto_zoo.errors import UserError, exits_cleanly
-from risotto_zoo.files import write_atomically
 
-from .cards import CARDS, RECORDS, between, duration, read_json, releases, write_pages
+from . import cards
+from .cards import CARDS, RECORDS, duration, releases
+from .files import read_json, write
+from .pages import ROOT, between, check_pages, write_pages
 from .recipe import RECIPES, Recipe, differences, load_recipe, section_of, validate, without_places
 from .report import verdicts
-from .run_folder import a_row_a_line, read_metrics
-
-ROOT = Path(__file__).parent.parent
+from .run_folder import a_row_a_line, best, finished_results, read_metrics
 
 
 def sweep_table() -> str:
@@ -32,12 +31,12 @@ def sweep_table() -> str:
         "|---|---|---|---|---|",
     ]
     for name, record in _records(RECORDS / "sweeps"):
-        best = _best(record["results"])
-        low, high = best["top1_interval"]
+        score = best(record["results"])
+        low, high = score["top1_interval"]
         settings = ", ".join(f"{key}={value}" for key, value in _settings(record).items())
         rows.append(
-            f"| {name} | {settings} | {100 * best['top1']:.1f}% ({100 * low:.1f} to {100 * high:.1f}) "
-            f"| {best['loss']:.3f} | {record['history']['train_loss'][-1]:.3f} |"
+            f"| {name} | {settings} | {100 * score['top1']:.1f}% ({100 * low:.1f} to {100 * high:.1f}) "
+            f"| {score['loss']:.3f} | {record['history']['train_loss'][-1]:.3f} |"
         )
     return "\n".join(rows)
 
@@ -98,7 +97,7 @@ def reached(name: str) -> str:
     recipe = load_recipe(name)
     for release, result in releases().items():
         if not differences(load_recipe(str(CARDS / release / "recipe.yaml")), recipe):
-            return _reached(result, result["evaluation"])
+            return _reached(result)
     path = RECORDS / f"{name}.json"
     record = read_json(path) if path.is_file() else None
     start = releases().get(recipe.init_from)  # of the weights that it begins with there may be others since
@@ -106,27 +105,24 @@ def reached(name: str) -> str:
     known = record is not None and record["results"].get("init_revision") == revision
     if not known or differences(validate(record["recipe"], str(path)), recipe):
         return "Accuracy and time: has not been run."
-    return _reached(record["results"], _best(record["results"]))
+    return _reached(record["results"])
 
 
-def _reached(result: dict[str, Any], score: dict[str, Any]) -> str:
+def _reached(result: dict[str, Any]) -> str:
+    score = best(result)
     return (
         f"Accuracy: {100 * score['top1']:.2f}% of {score['images']} images, seed {result['seed']}, in "
         f"{duration(result['train_seconds'])} on {result['hardware']}."
     )
 
 
-def _best(results: dict[str, Any]) -> dict[str, Any]:
-    return results[results.get("better", "raw")]
-
-
 def _records(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     return [(path.stem, read_json(path)) for path in sorted(folder.glob("*.json"))]
 
 
-def pages() -> dict[Path, str]:
+def pages() -> dict[Path, bytes]:
     """Every file with a generated part, as it should be."""
-    result = {}
+    result: dict[Path, str] = {}
     for path, marker, table in (
         (ROOT / "README.md", "verdicts", verdicts()),
         (ROOT / "README.md", "speed", speed_table(short=True)),
@@ -140,18 +136,7 @@ def pages() -> dict[Path, str]:
         result[path] = re.sub(
             r"^# Accuracy.*$", lambda _, stem=path.stem: f"# {reached(stem)}", text, count=1, flags=re.M
         )
-    return result
-
-
-def stale_tables() -> dict[Path, str]:
-    """Those of `pages` whose file says something else."""
-    return {path: text for path, text in pages().items() if path.read_text(encoding="utf-8") != text}
-
-
-def write_tables() -> None:
-    for path, text in stale_tables().items():
-        write_atomically(path, text.encode())
-        print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
+    return {path: text.encode() for path, text in result.items()}
 
 
 def add(run: Path, sweep: bool) -> None:
@@ -161,9 +146,8 @@ def add(run: Path, sweep: bool) -> None:
     Raises:
         UserError: If the run is not finished, or one of a sweep was judged on test images.
     """
-    results = read_json(run / "results.json") if (run / "results.json").is_file() else {}
-    rows = read_metrics(run)
-    if not results.get("finished") or not rows or "evaluation" in results:  # a release has that
+    results, rows = finished_results(run), read_metrics(run)
+    if results is None or not rows or "evaluation" in results:  # a release has that
         raise UserError(f"{run} holds no finished run")
     history = {key: [_short(row[key]) for row in rows] for key in rows[0]}
     recipe = without_places(load_recipe(str(run / "recipe.yaml")))
@@ -172,8 +156,7 @@ def add(run: Path, sweep: bool) -> None:
     results["data"] = recipe.data.source
     record: dict[str, Any] = {"results": results, "history": history, "recipe": json.loads(recipe.model_dump_json())}
     target = (RECORDS / "sweeps" if sweep else RECORDS) / f"{run.name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, a_row_a_line(record, "history"))
+    write(target, a_row_a_line(record, "history"))
 
 
 def _short(value: float | None) -> float | int | None:
@@ -240,13 +223,12 @@ def main() -> None:
     args = parser.parse_args()
     for run in args.add:
         add(run, args.sweep)
-    if not args.check:
-        if args.add:
-            write_pages()  # the README's results have rows of records, too
-        write_tables()
-    elif stale := stale_tables():
-        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-        raise UserError(f"stale: {names}; run python -m training.tables")
+    if args.check:
+        check_pages(pages(), "python -m training.tables")
+        return
+    if args.add:
+        write_pages(cards.pages())  # the README's results have rows of records, too
+    write_pages(pages())
 
 
 if __name__ == "__main__":

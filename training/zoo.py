@@ -23,12 +23,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from risotto_zoo.errors import UserError, did_you_mean, exits_cleanly
 
-from .cards import read_json
 from .console import say
 from .distributed import World, choose_device, cores
 from .engine import DIVERGED, Diverged, Stopped, StopSignals, train
 from .recipe import Recipe, Section, differences, explain, load_recipe
 from .release import release
+from .run_folder import finished_results
 
 ROWS = Path(__file__).parent / "zoo.yaml"
 PIECE = 16_000_000
@@ -75,7 +75,7 @@ def finished(run: Path, recipe: Recipe) -> bool:
     Raises:
         UserError: If it holds one of another recipe.
     """
-    done = (run / "results.json").is_file() and bool(read_json(run / "results.json").get("finished"))
+    done = finished_results(run) is not None
     if done and differences(load_recipe(str(run / "recipe.yaml")), recipe):
         raise UserError(f"{run} holds a run of another recipe; move it away, or name another folder with --runs")
     return done

@@ -91,7 +91,7 @@ def rezero_(model: nn.Module, alpha: float | None = None, generator: Rng = None)
     structure = resnet_structure(model)
     _refuse_alpha(alpha, "rezero")
     _he(structure, 0.0, generator)
-    for layer in [*structure.convs, *([structure.head] if structure.head is not None else [])]:
+    for layer in structure.layers:
         fan_in = layer.weight[0].numel()
         uniform = 2 * torch.rand(layer.weight.shape, device="cpu", generator=generator) - 1
         layer.weight.copy_(uniform * fan_in**-0.5)
@@ -112,9 +112,9 @@ def orthogonal_delta_(model: nn.Module, alpha: float | None = None, generator: R
     """
     structure = resnet_structure(model)
     _he(structure, 1.0 if alpha is None else alpha, generator)
-    before_relu = [*structure.stem, *(conv for block in structure.blocks for conv in block.convs[:-1])]
+    before_relu = {*structure.stem, *(conv for block in structure.blocks for conv in block.convs[:-1])}
     for conv in structure.convs:
-        gain = 2**0.5 if any(conv is other for other in before_relu) else 1.0
+        gain = 2**0.5 if conv in before_relu else 1.0
         delta_kernel_(conv, gain * semi_orthogonal(conv.out_channels, conv.in_channels, generator))
     if structure.head is not None:
         head = structure.head
@@ -124,13 +124,7 @@ def orthogonal_delta_(model: nn.Module, alpha: float | None = None, generator: R
 
 def _he(structure: ResNetStructure, alpha: float, generator: Rng) -> None:
     check_arguments(structure, alpha, generator)
-    for norm in structure.norms:
-        norm.reset_parameters()
-    for block in structure.blocks:
-        if block.gain is not None:
-            block.gain.fill_(alpha)
-        if block.biases is not None:
-            block.biases.zero_()
+    structure.reset(alpha)
     for conv in structure.convs:
         fan_out = conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]
         _normal_(conv, (2 / fan_out) ** 0.5, generator)

@@ -197,8 +197,7 @@ def risotto_(
     if structure.head is not None:
         _check_head(structure.head, features)
 
-    for norm in structure.norms:
-        norm.reset_parameters()
+    structure.reset(alpha)
     span = _write_stem(structure.stem, generator, patches)
     if patches and any(isinstance(module, nn.MaxPool2d) for module in model.modules()):
         span = torch.eye(len(span), device="cpu").to(span)  # a pool does not keep to a subspace
@@ -323,7 +322,6 @@ def _write_block(block: Block, alpha: float, generator: Rng, rotated: int | None
         span = block_signal(matrices, alpha) @ span
     for conv, matrix in zip(block.convs, matrices, strict=True):
         delta_kernel_(conv, matrix)
-    _write_scalars(block, alpha)
     return span
 
 
@@ -338,12 +336,4 @@ def _write_strided_block(block: Block, alpha: float, generator: Rng, span: Tenso
     free = orthogonal_to(kept, len(kept) - kept.shape[1], generator)
     u, span = isometric_on(per_pixel(span, pixels), free.shape[1], generator)
     patch_kernel_(last, [looks_linear(free @ part / (alpha or 1)) for part in u.chunk(pixels, dim=1)])
-    _write_scalars(block, alpha)
     return torch.cat([kept, free @ span], dim=1) if alpha else kept
-
-
-def _write_scalars(block: Block, alpha: float) -> None:
-    if block.gain is not None:
-        block.gain.fill_(alpha)
-    if block.biases is not None:
-        block.biases.zero_()

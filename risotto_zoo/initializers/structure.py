@@ -6,7 +6,6 @@ standard stem, which nets with batch normalization keep.
 
 import math
 import numbers
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +44,21 @@ class ResNetStructure:
             convs += block.convs + ([block.skip] if block.skip is not None else [])
         return convs
 
+    @property
+    def layers(self) -> list[nn.Conv2d | nn.Linear]:
+        """Every convolution, and the head if there is one."""
+        return self.convs + ([self.head] if self.head is not None else [])
+
+    def reset(self, alpha: float) -> None:
+        """Fresh normalizations, gains of alpha, Fixup's scalars at 0: all that is no layer."""
+        for norm in self.norms:
+            norm.reset_parameters()
+        for block in self.blocks:
+            if block.gain is not None:
+                block.gain.fill_(alpha)
+            if block.biases is not None:
+                block.biases.zero_()
+
 
 def resnet_structure(model: nn.Module) -> ResNetStructure:
     """Read the layers of a timm or torchvision ResNet, or of one of this package.
@@ -62,14 +76,14 @@ def resnet_structure(model: nn.Module) -> ResNetStructure:
     if not structure.blocks:
         raise ValueError(f"{type(model).__name__} has no residual blocks in layer1, layer2, ...")
     structure.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    known = {id(layer) for layer in [*structure.convs, structure.head]}
-    names = {id(module): name for name, module in model.named_modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and id(module) not in known:
+    names, layers = {module: name for name, module in model.named_modules()}, structure.layers
+    known = set(layers)
+    for module, name in names.items():
+        if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and module not in known:
             raise ValueError(f"{name}: a {type(module).__name__} outside stem, blocks and 'fc' is no part of a ResNet")
     seen: set[int] = set()
-    for layer in structure.convs + ([structure.head] if structure.head is not None else []):
-        name = names[id(layer)]
+    for layer in layers:
+        name = names[layer]
         if "weight" not in layer._parameters:
             raise ValueError(f"{name}: its weight is computed from others, by pruning or normalizing it, say")
         if id(layer.weight) in seen:
@@ -112,7 +126,7 @@ def _stem_convs(model: nn.Module) -> list[nn.Conv2d]:
             if type(module) not in known:
                 raise ValueError(f"{name}: a {type(module).__name__} in the stem cannot be initialized exactly")
             if isinstance(module, nn.Conv2d):
-                _check_conv(name, module, input_pairs=part != "conv1" or module is not _first_conv(model))
+                _check_conv(name, module, input_pairs=bool(convs))
                 convs.append(module)
                 bare.add(last := name)
             elif isinstance(module, nn.ReLU):
@@ -120,10 +134,6 @@ def _stem_convs(model: nn.Module) -> list[nn.Conv2d]:
     if bare:
         raise ValueError(f"{min(bare)}: no ReLU follows this convolution of the stem")
     return convs
-
-
-def _first_conv(model: nn.Module) -> nn.Module:
-    return next(m for m in model.conv1.modules() if isinstance(m, nn.Conv2d))
 
 
 def _head(model: nn.Module) -> nn.Linear | None:
@@ -161,7 +171,7 @@ def _read_block(name: str, block: nn.Module) -> Block:
     for i, conv in enumerate(convs):
         _check_conv(f"{name}.conv{i + 1}", conv)
     skip = _skip_conv(f"{name}.downsample", getattr(block, "downsample", None))
-    branch_stride = _product(conv.stride for conv in convs)
+    branch_stride = tuple(map(math.prod, zip(*(conv.stride for conv in convs), strict=True)))
     if branch_stride != (skip.stride if skip is not None else (1, 1)):
         raise ValueError(f"{name}: branch and skip have different strides, so they do not read the same pixels")
     if skip is None and convs[0].in_channels != convs[-1].out_channels:
@@ -197,10 +207,3 @@ def _check_conv(name: str, conv: nn.Module, input_pairs: bool = True) -> None:
     centred = tuple(d * (k // 2) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     if tuple(conv.padding if not isinstance(conv.padding, str) else ()) != centred:
         raise ValueError(f"{name}: padding is {conv.padding!r}; {centred} is needed, which centres the kernel")
-
-
-def _product(strides: Iterator[tuple[int, int]]) -> tuple[int, int]:
-    rows, cols = 1, 1
-    for r, c in strides:
-        rows, cols = rows * r, cols * c
-    return rows, cols
