@@ -37,7 +37,7 @@ class RisottoResNet(timm_resnet.ResNet):
         skip: 'identity' where shapes allow (the paper's type B), or 'projection' in every block (type C).
         num_classes, in_chans, global_pool, output_stride, drop_rate, drop_path_rate, device, dtype: as in timm.
         init: Initialization scheme, a key of `risotto_zoo.initializers.SCHEMES`; None leaves the weights undefined, for
-            loading a checkpoint.
+            loading a checkpoint (the constructor's alone: `timm.create_model` drops arguments that are None).
         alpha: Weight of every residual branch at the start; the scheme's own (1, or 0 for SkipInit and ReZero) if None.
         rotated_pairs: RISOTTO alone: how many pairs of channels a block with an identity skip rotates; all if None.
         patches: RISOTTO alone: strided layers read every pixel, not one of each s x s.
