@@ -97,8 +97,6 @@ def list_models(args: argparse.Namespace) -> int:
 
 def predict_images(args: argparse.Namespace) -> int:
     """Print the most probable classes of each image; what cannot be read is named and counted."""
-    for stream in (sys.stdout, sys.stderr):  # file names may hold what the terminal cannot show
-        stream.reconfigure(errors="backslashreplace")
     if args.top < 1:
         raise UserError(f"--top is {args.top}, but at least one class is printed")
     classifier = load(args.model, args.device, args.revision)

@@ -1,7 +1,9 @@
 """Errors for people: one line that names the culprit and the mend, exit code 2, no traceback."""
 
 import difflib
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -26,10 +28,16 @@ def did_you_mean(word: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def exits_cleanly(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Decorate a command: a UserError or OSError is one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Decorate a command: a UserError or OSError is one line on stderr and exit code 2, Ctrl-C exit code 130.
+
+    A KeyboardInterrupt of another signal bears its number.
+    """
 
     @wraps(main)
     def command() -> None:
+        for stream in (sys.stdout, sys.stderr):  # names of files and classes may hold what the terminal cannot show
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             code = main() or 0
             sys.stdout.flush()
@@ -42,9 +50,9 @@ def exits_cleanly(main: Callable[[], int | None]) -> Callable[[], None]:
         except OSError as error:  # a place that cannot be read or written
             print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
             code = 2
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             print("interrupted", file=sys.stderr)
-            code = 130
+            code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
         sys.exit(code)
 
     return command

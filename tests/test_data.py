@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from multiprocessing import resource_sharer
 
@@ -73,6 +74,7 @@ def stray(folder, place):
 
 BROKEN = [
     (lambda folder: shutil.rmtree(folder), "does not exist"),
+    (lambda folder: (shutil.rmtree(folder), folder.touch()), "is a file; name the folder"),
     (empty, "holds no images"),
     (lambda folder: shutil.rmtree(folder / "train" / "church"), "one class only (flower)"),
     (lambda folder: shutil.rmtree(folder / "train"), "no sub-folder train"),
@@ -278,6 +280,14 @@ def test_the_cache_follows_links_and_looks_at_nothing_beside_the_set(folder, tmp
     one, other = sorted((folder / "val" / "church").glob("*.jpg"))[:2]
     one.write_bytes(other.read_bytes())
     assert torch.equal(load_set("torch/image_folder", False, VIEW, **load).images[0], first.images[1])
+
+
+def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch, tmp_path):
+    monkeypatch.delenv("RISOTTO_ZOO_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    assert cache_folder() == tmp_path / "risotto-zoo"
 
 
 def test_a_set_too_large_for_memory_names_the_streaming_pipeline(folder, monkeypatch):

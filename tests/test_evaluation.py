@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -304,9 +306,30 @@ def test_runs_on_different_data_are_not_compared(tmp_path, photo_folder, command
     result = command(command_line.main, *models, "--device", "cpu")
     assert result.code == 2 and "saw different images" in result.err and "Traceback" not in result.err
     assert not result.out  # before any of them is evaluated
-    for place, words in ((tmp_path, "is a folder"), (tmp_path / "a" / "config.json" / "x", "cannot be written")):
-        result = command(command_line.main, *models, "--device", "cpu", "--data", photo_folder, "--json", place)
+    file = tmp_path / "a" / "config.json"
+    for option, place, words in (
+        ("--json", tmp_path, "is a folder"),
+        ("--json", file / "x", "cannot be written"),
+        ("--figures", file, "cannot be written"),
+    ):
+        result = command(command_line.main, *models, "--device", "cpu", "--data", photo_folder, option, place)
         assert result.code == 2 and words in result.err and not result.out
+
+
+def test_classes_of_any_name_are_shown_and_one_that_is_missing_is_named(tmp_path, photo_folder, command):
+    data, odd = tmp_path / "data", os.fsdecode(b"fl\xe4che")
+    shutil.copytree(photo_folder, data)
+    for path in data.glob("*/flower"):
+        path.rename(path.with_name(odd))
+    model_folder(tmp_path / "two", ["church", "flower"])
+    sys.stdout.reconfigure(errors="strict")  # as a terminal's is in most locales
+    result = command(
+        command_line.main, f"local-dir:{tmp_path / 'two'}", "--data", data, "--figures", tmp_path / "figures"
+    )
+    assert result.code == 0 and r"fl\udce4che" in result.out and len(list((tmp_path / "figures").iterdir())) == 2
+    model_folder(tmp_path / "three", ["bridge", "church", "flower"])
+    result = command(command_line.main, f"local-dir:{tmp_path / 'three'}", "--data", photo_folder)
+    assert result.code == 2 and "one of them alone has bridge" in result.err
 
 
 def test_runs_on_other_images_are_not_compared_though_their_labels_agree(photo_folder, command, tmp_path):

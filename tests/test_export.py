@@ -108,10 +108,20 @@ def test_what_cannot_be_exported_or_read_is_told(tmp_path, command):
     for name, word in (("broken.onnx", "damaged"), ("missing.pt2", "no such file")):
         result = command(evaluate.main, tmp_path / name, "--data", "digits")
         assert result.code == 2 and word in result.err and "Traceback" not in result.err
+    export.export(source, tmp_path / "whole.pt2")
+    (tmp_path / "cut.pt2").write_bytes((tmp_path / "whole.pt2").read_bytes()[:50_000])
+    result = command(evaluate.main, tmp_path / "cut.pt2", "--data", "digits")
+    assert result.code == 2 and result.err.count("\n") == 1 and "cut short" in result.err
     for suffix in ("ts", "pt2"):
         (tmp_path / f".model.new.{suffix}").mkdir()  # where it is written first
         with pytest.raises(UserError, match="cannot be written: Is a directory"):
             export.export(source, tmp_path / f"model.{suffix}")
+
+
+def test_a_net_whose_logits_are_all_zero_is_exported(tmp_path):
+    """As Fixup's are, before it is trained."""
+    source = folder_of("risotto_resnet20", tmp_path / "model", init="fixup")
+    assert export.export(source, tmp_path / "model.ts") == 0
 
 
 class Harmful:

@@ -533,6 +533,8 @@ def test_the_mend_fits_the_fault(published, folder, hub, monkeypatch):
     assert f"ask for access at {hub.url}/{REPO}" in str(fetching.explained(gated, "x", REPO))
     lost = LocalEntryNotFoundError("not in the cache")
     assert "cannot be reached" in str(fetching.explained(lost, "x", REPO))
+    refused = ConnectionError("404 Not Found: /api/models/x/xet-write-token/main")
+    assert "or set HF_HUB_DISABLE_XET=1" in str(fetching.explained(refused, "x", REPO))
 
 
 def test_a_mirror_that_states_no_sha256_is_checked_by_the_manifests(folder, hub, monkeypatch):
@@ -935,7 +937,8 @@ def test_a_tag_of_other_data_is_refused(run, tmp_path, command):
 
 def test_a_record_is_a_baseline_as_its_run_is(run, tmp_path, monkeypatch, command):
     monkeypatch.setattr(tables, "RECORDS", tmp_path)
-    tables.add(run, sweep=False)
+    monkeypatch.chdir(run)
+    tables.add(Path("."), sweep=False)
     record = tmp_path / f"{run.name}.json"
     both = release.release(run, "digits", [run, record], tmp_path / "out")
     first, second = json.loads((both / "results.json").read_text())["baselines"]
@@ -1276,6 +1279,11 @@ def test_a_card_names_what_a_model_was_tuned_from_and_how_its_baselines_differ(r
 
 def test_cards_and_manifest_are_fresh_and_a_stale_one_is_told(command, monkeypatch):
     assert command(cards.main, "--check").code == 0
+    released = cards.releases()
+    released["risotto_resnet56.cifar10-jpeg"]["sha256"]["curves.png"] = "0" * 64
+    with monkeypatch.context() as patched:
+        patched.setattr(cards, "releases", lambda: released)
+        assert "risotto_resnet56.cifar10-jpeg/curves.png is missing or" in one_line(command(cards.main, "--check"))
     monkeypatch.setattr(cards, "manifest", lambda: "{}")
     assert "manifest.json" in one_line(command(cards.main, "--check"))
 

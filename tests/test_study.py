@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_a_signal_stops_a_study_and_begins_no_other(toy, tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130 and err.endswith("interrupted\n"), err
+    assert process.returncode == 143 and err.endswith("interrupted\n"), err
     logs = list((tmp_path / "runs").glob("logs/*"))
     assert len(logs) == 1 and (tmp_path / "runs" / logs[0].stem / "state").is_dir()
 
@@ -156,6 +157,19 @@ def test_intervals_and_differences():
     assert math.isnan(report.interval([1.0])[1])
     mean, low, high = report.difference([3.0, 4.0, 5.0], [1.0, 2.0, 3.0])
     assert mean == 2 and low == pytest.approx(2 - 2.776445105 * math.sqrt(2 / 3)) and low + high == pytest.approx(4)
+
+
+def test_images_that_do_not_suffice_are_told(photo_folder, tmp_path):
+    with pytest.raises(UserError, match="holds 16 readable images of those asked for, but 17 are needed"):
+        propagation.some_images(photo_folder, False, 17)
+    images, targets = propagation.some_images(photo_folder, False, 16)
+    assert len(images.flatten(1).unique(dim=0)) == 16 and targets.tolist() == [0] * 8 + [1] * 8
+    for label in range(11):
+        (tmp_path / "train" / f"{label:02}").mkdir(parents=True)
+        for i, path in enumerate(sorted(photo_folder.glob("*/*/*.jpg"))[:35]):
+            shutil.copy(path, tmp_path / "train" / f"{label:02}" / f"{i}.jpg")
+    with pytest.raises(UserError, match="more than the 10 classes"):
+        first_step.conduct(tmp_path)
 
 
 def test_propagation_separates_risotto_from_the_others(monkeypatch):

@@ -370,7 +370,7 @@ def test_names_with_dollar_signs_are_drawn_as_they_are(tmp_path, recwarn):
     run_folder.write_curves(tmp_path, [row], "net on pics $_$ x 猫")
     said = torch.arange(2)
     outcomes = Outcomes(said, said, said.float(), said > 0, said.float(), 2, 1.0)
-    assert run_folder.png(evaluate.confusion_matrix(outcomes, ["a$_$b", "c"]))
+    assert run_folder.png(evaluate.confusion_matrix(outcomes, ["a$_$b", os.fsdecode(b"c\xe4")]))
     assert (tmp_path / "curves.png").stat().st_size
     assert not [each for each in recwarn if "Glyph" in str(each.message)]
 

@@ -40,7 +40,7 @@ from risotto_zoo.evaluation import full_precision, observe, summarize
 from risotto_zoo.hub import MANIFEST, release_file
 from risotto_zoo.models.variants import own_cfg
 
-from .data import View, cache_folder, load_set, split_folder
+from .data import View, cache_folder, load_set, open_source, split_folder
 from .distributed import World, choose_device, cores
 from .export import load_exported, write_net
 from .files import check_place, write
@@ -328,8 +328,9 @@ def evaluate_rows(args: argparse.Namespace) -> list[Row]:
     device, rows = choose_device(args.device), []
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, RISOTTO_ZOO_CACHE=f"{folder}/cache"):
         source = Path(args.data) if args.data else _sample_folder(Path(folder) / "images", count=2, val=250)
+        classes = open_source(str(source), False).classes
         for name in args.models or ["risotto_resnet20"]:
-            model = create_model(name).to(device).eval()
+            model = create_model(name, num_classes=len(classes)).to(device).eval()
             view = View.of(timm.data.resolve_data_config(model=model, verbose=False))
             peer = _timm_validation(model, split_folder(source, training=False), args)
 

@@ -192,14 +192,15 @@ def _folders() -> list[Path]:
     return sorted(path.parent for path in CARDS.glob("[!.]*/results.json"))
 
 
-def _check_weights() -> None:
-    """Results belong to the weights beside them, if those are here."""
+def _check_files() -> None:
+    """Results belong to the files beside them; weights that are on the Hub alone may be missing."""
     for name, result in releases().items():
-        path = CARDS / name / WEIGHTS
-        if result["location"] == "hub" and not path.exists():
-            continue
-        if not path.exists() or sha256(path.read_bytes()) != result["sha256"][WEIGHTS]:
-            raise UserError(f"{path} is missing or is not what results.json describes; release the run again")
+        for file, digest in result["sha256"].items():
+            path = CARDS / name / file
+            if file == WEIGHTS and result["location"] == "hub" and not path.exists():
+                continue
+            if not path.exists() or sha256(path.read_bytes()) != digest:
+                raise UserError(f"{path} is missing or is not what results.json describes; release the run again")
 
 
 # --- parts of a card
@@ -456,7 +457,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 2 if a page is stale")
     args = parser.parse_args()
-    _check_weights()
+    _check_files()
     if args.check:
         check_pages(pages(), "python -m training.cards")
     else:

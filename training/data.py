@@ -277,6 +277,8 @@ def split_folder(folder: Path, training: bool, split: str | None = None) -> Path
     Raises:
         UserError: If there is none, or none of the name `split`.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"data folder {folder} is a file; name the folder that holds the images")
     if not folder.is_dir():
         raise UserError(
             f"data folder {folder} does not exist; unpack the images there, or name another (training: "
@@ -442,8 +444,10 @@ def _check_memory(count: int, image_bytes: int, free: int, where: str) -> None:
 
 
 def cache_folder() -> Path:
-    """`$RISOTTO_ZOO_CACHE`, or `risotto-zoo` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """`$RISOTTO_ZOO_CACHE`, or `risotto-zoo` in the user's cache folder, or that of temporary files where none is."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):  # a user without a home, as in a container
+        base = tempfile.gettempdir()
     return Path(os.environ.get("RISOTTO_ZOO_CACHE") or Path(base) / "risotto-zoo")
 
 
@@ -510,7 +514,7 @@ def _write_cache(key: str, images: ImageSet) -> None:
         safetensors.torch.save_file(tensors, temporary, metadata={"facts": json.dumps(facts)})
         os.replace(temporary, cache_folder() / f"{key}.safetensors")
     except (OSError, safetensors.SafetensorError) as error:
-        tqdm.write(f"the decoded images could not be cached in {cache_folder()}: {error}")
+        tqdm.write(f"the decoded images could not be cached in {cache_folder()}: {error}", file=sys.stderr)
     finally:  # Ctrl-C, too
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -124,7 +124,7 @@ def main() -> None:
     for name, data in data_of.items():
         if _images_of(data) != _images_of(data_of[first]):
             raise _other_images(first, name)
-    for path in (args.json, args.csv):
+    for path in (args.json, args.csv, args.figures and _figure(args.figures, first, "calibration")):
         if path is not None:
             check_place(path)
     for name in args.model:
@@ -275,7 +275,9 @@ def _tell_unreadable(images: ImageSet | Streamed) -> None:
 def _in_order_of(wanted: list[str], name: str, net: Net, classes: int, labels: list[str] | None) -> Net:
     """The model with its logits in the order of the data's classes: by name where the names are the same."""
     if len(wanted) != classes:
-        raise UserError(f"{name} knows {classes} classes, but the data has {len(wanted)}")
+        differing = sorted(set(labels or ()) ^ set(wanted)) if set(labels or ()) & set(wanted) else []
+        names = f"; one of them alone has {', '.join(differing[:5])}" if differing else ""
+        raise UserError(f"{name} knows {classes} classes, but the data has {len(wanted)}{names}")
     if not labels or labels == wanted:
         return net
     if sorted(labels) != sorted(wanted):
@@ -388,12 +390,12 @@ def _csv(reports: list[dict[str, Any]]) -> str:
 
 
 def _draw(folder: Path, name: str, outcomes: Outcomes, classes: list[str]) -> None:
-    stem = name.replace(":", "_").replace("/", "_")
-    for kind, figure in (
-        ("calibration", reliability_diagram(outcomes)),
-        ("confusion", confusion_matrix(outcomes, classes)),
-    ):
-        write(folder / f"{stem}-{kind}.png", png(figure))
+    write(_figure(folder, name, "calibration"), png(reliability_diagram(outcomes)))
+    write(_figure(folder, name, "confusion"), png(confusion_matrix(outcomes, classes)))
+
+
+def _figure(folder: Path, name: str, kind: str) -> Path:
+    return folder / f"{name.replace(':', '_').replace('/', '_')}-{kind}.png"
 
 
 def reliability_diagram(outcomes: Outcomes) -> Figure:

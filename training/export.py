@@ -10,6 +10,7 @@ import io
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ class _Half(nn.Module):
 
 
 def _difference(run: Callable[[Tensor], Tensor], images: Tensor, wanted: Tensor) -> float:
-    scale = wanted.abs().max().item()
+    scale = wanted.abs().max().item() or 1.0
     worst = 0.0
     for size in (*CHECKED, len(images)):
         part = images[:size]
@@ -242,6 +243,8 @@ def _write_program(net: nn.Module, images: Tensor, path: Path, facts: str) -> No
 
 
 def _read_program(path: Path) -> tuple[Callable[[Tensor], Tensor], str]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is cut short or no such file")
     extra = {KEY: ""}
     # torch keeps tensors in such a file as pickles and would, where one is no plain tensor, run what it says.
     with patch.dict(os.environ, {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}):

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
+from risotto_zoo.errors import UserError
+
 from .files import write
 from .grid import results_file
 from .optimization import build_optimizer
@@ -32,13 +34,20 @@ SETTINGS = {
 DEPTHS = {20: (3, 3, 3), 56: (9, 9, 9), 110: (18, 18, 18)}
 SEEDS = (0, 1, 2)
 IMAGES = 128
+CLASSES = 10
 RATE = 0.003  # the best of ResNet-20's in a few epochs, for kernels and all else
 KINDS = {"kernels": "kernels", "vectors": "biases", "ends": "stem and head", "alphas": "alphas"}
 
 
 def conduct(source: Path) -> None:
-    """Measure every setting at every depth, and write results.json."""
+    """Measure every setting at every depth, and write results.json.
+
+    Raises:
+        UserError: If the images do not suffice, or are of more than ten classes.
+    """
     images, targets = some_images(source, True, IMAGES * len(SEEDS))
+    if targets.max() >= CLASSES:
+        raise UserError(f"{source} has more than the {CLASSES} classes that this study's nets know")
     grid = [(setting, depth) for depth in DEPTHS for setting in SETTINGS]
     rows = []
     for setting, depth in tqdm(grid, "first_step", disable=None):
@@ -48,7 +57,7 @@ def conduct(source: Path) -> None:
         ]
         rows.append({"scheme": setting, "depth": depth, **{key: [m[key] for m in measured] for key in measured[0]}})
     stored = {
-        "data": source.name,
+        "data": source.resolve().name,
         "images": IMAGES,
         "rate": RATE,
         "seeds": SEEDS,
@@ -71,7 +80,7 @@ def measure(
     Returns:
         The change by all parameters together ("all") and by each kind of KINDS with the others held still.
     """
-    arguments = {"layers": layers, "seed": seed, **setting}
+    arguments = {"layers": layers, "seed": seed, "num_classes": CLASSES, **setting}
     model = timm.create_model(arguments.pop("model", "risotto_resnet20"), **arguments)
     optimizer = build_optimizer(
         model, validate({"optimizer": {"name": "muon", "lr": RATE, "momentum": 0.95}}, "first_step")

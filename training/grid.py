@@ -232,7 +232,7 @@ def trained(
     """
     context, left = multiprocessing.get_context("spawn"), iter(runs)
     waiting: dict[Future, Run] = {}  # no more than run at once: what a pool has queued cannot be taken back
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
             try:
@@ -258,6 +258,10 @@ def trained(
         ) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, _frame: Any) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _train_one(run: Run, device: str | None, output: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from risotto_zoo.errors import UserError
 from risotto_zoo.initializers import SCHEMES
 from risotto_zoo.isometry import probed_singular_values, signal_by_block, signal_map
 from risotto_zoo.models.variants import own_cfg
@@ -43,7 +44,7 @@ def conduct(source: Path) -> None:
     for scheme, depth in tqdm(grid, "propagation", disable=None):
         rows.append({"scheme": scheme, "depth": depth, **measure(scheme, DEPTHS[depth], images)})
     stored = {
-        "data": source.name,
+        "data": source.resolve().name,
         "images": IMAGES,
         "probes": PROBES,
         "machine": platform.machine(),
@@ -58,10 +59,12 @@ def some_images(source: Path, training: bool, count: int) -> tuple[torch.Tensor,
     """Images of different classes, evenly from the whole set: normalized, shape (count, 3, 32, 32), and their targets.
 
     Raises:
-        UserError: If the source is missing, empty or holds nothing readable.
+        UserError: If the source is missing or holds fewer readable images.
     """
     view = View.of(own_cfg("risotto_resnet20"))
     held = load_set(str(source), training, view)
+    if len(held) < count:
+        raise UserError(f"{source} holds {len(held)} readable images of those asked for, but {count} are needed")
     chosen = torch.linspace(0, len(held) - 1, count).long()
     return normalized(held.images[chosen], view), held.targets[chosen]
 

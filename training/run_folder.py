@@ -276,8 +276,8 @@ def write_curves(folder: Path, history: list[dict[str, Any]], title: str) -> Non
 
 
 def literal(text: str) -> str:
-    """A name for a figure, which would take what stands between two dollar signs for a formula."""
-    return text.replace("$", r"\$")
+    """A name for a figure, which would take what stands between two dollar signs for a formula and is of UTF-8."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:
