@@ -172,7 +172,7 @@ def test_benchmarks_compare_with_a_peer(command, tmp_path, few_images):
 def test_nets_that_are_compared_have_one_head(few_images, monkeypatch):
     """By its name alone a net has the classes of its release."""
     heads = []
-    args = argparse.Namespace(models=["risotto_resnet20"], rounds=2, batch=2, amp=None, modes=["eager"], device="cpu")
+    args = argparse.Namespace(models=["risotto_resnet18"], rounds=2, batch=2, amp=None, modes=["eager"], device="cpu")
 
     def note(names, nets, *_):
         heads.extend(net.num_classes for net in nets)
@@ -181,7 +181,7 @@ def test_nets_that_are_compared_have_one_head(few_images, monkeypatch):
     monkeypatch.setattr(benchmark, "_inference", note)
     benchmark.infer_rows(args)
     monkeypatch.setattr(benchmark, "build_optimizer", lambda model, _: heads.append(model.num_classes))
-    for name in ("risotto_resnet20", "risotto_resnet20_bn"):
+    for name in ("risotto_resnet18", "risotto_resnet18_bn"):
         benchmark._step(name, args, torch.device("cpu"))
     assert len(heads) > 4 and set(heads) == {1000}
 

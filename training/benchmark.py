@@ -99,7 +99,7 @@ def init_rows(args: argparse.Namespace) -> list[Row]:
     rows = []
     for name in args.models or ["resnet18", "resnet50", "resnet152"]:
         ours = f"risotto_{name}"
-        make = lambda ours=ours: create_model(ours, num_classes=CLASSES)  # noqa: E731
+        make = lambda ours=ours: create_model(ours, num_classes=_classes(ours))  # noqa: E731
         rows.append(compare(ours, make, f"timm {name}", lambda name=name: create_model(name), args.rounds))
         peer = lambda name=name: getattr(torchvision.models, name)(weights=None)  # noqa: E731
         rows.append(compare(ours, make, f"torchvision {name}", peer, args.rounds))
@@ -156,7 +156,7 @@ def _waiting(name: str, source: Path, args: argparse.Namespace, device: torch.de
 
 
 def _step(name: str, args: argparse.Namespace, device: torch.device) -> Callable[[], None]:
-    model = create_model(name, num_classes=CLASSES).to(device, memory_format=torch.channels_last).train()
+    model = create_model(name, num_classes=_classes(name)).to(device, memory_format=torch.channels_last).train()
     side = min(model.default_cfg["input_size"][1], 128)
     images = torch.randn(args.batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(model.num_classes, (args.batch,), device=device)
@@ -172,6 +172,12 @@ def _step(name: str, args: argparse.Namespace, device: torch.device) -> Callable
     return run
 
 
+def _classes(name: str) -> int:
+    """Of the net itself: by its name alone it would have those of its release, and its twin perhaps others."""
+    own = own_cfg(name)
+    return 1000 if own is None else own["num_classes"]
+
+
 def _autocast(args: argparse.Namespace, device: torch.device) -> Any:
     return torch.autocast(device.type, getattr(torch, args.amp)) if args.amp else nullcontext()
 
@@ -183,8 +189,8 @@ def infer_rows(args: argparse.Namespace) -> list[Row]:
     """
     device, rows = choose_device(args.device), []
     for name in args.models or ["risotto_resnet20", "risotto_resnet18", "risotto_resnet50"]:
-        twin = _with_statistics(create_model(f"{name}_bn", num_classes=CLASSES))
-        ours = create_model(name, num_classes=CLASSES).eval()
+        twin = _with_statistics(create_model(f"{name}_bn", num_classes=_classes(f"{name}_bn")))
+        ours = create_model(name, num_classes=_classes(name)).eval()
         nets = {name: ours, f"{name}_bn": twin, f"{name}_bn, folded": folded(twin)}
         plain = name.removeprefix("risotto_")
         if timm.is_model(plain):
@@ -443,7 +449,6 @@ BENCHMARKS = {
     "jobs": jobs_rows,
 }
 MODES = ("eager", "compiled", "onnx")
-CLASSES = 1000  # of every net beside another: by its name alone one has those of its release
 
 
 def _arguments() -> argparse.Namespace:
