@@ -225,6 +225,13 @@ def test_a_repository_of_something_else_is_left_alone(folder, published, hub, co
         assert hub.repos["somebody/else"].commits[hub.repos["somebody/else"].branches["main"]] == files
 
 
+def test_a_release_that_was_fetched_is_published_elsewhere(folder, hub, command):
+    (folder / "README.md").write_text(cards.card(folder, REPO))
+    assert command(publish.main, folder, "--repo-id", "somebody/copy").code == 0
+    there = hub.repos["somebody/copy"]
+    assert b'"hf-hub:somebody/copy"' in there.commits[there.branches["main"]]["README.md"]
+
+
 def test_an_older_version_does_not_replace_a_newer_one(folder, published, hub, command, tmp_path):
     older = tmp_path / "older"
     shutil.copytree(folder, older)
@@ -233,6 +240,12 @@ def test_an_older_version_does_not_replace_a_newer_one(folder, published, hub, c
     before = hub.repos[REPO].branches["main"]
     assert "newer than v1" in one_line(command(publish.main, older, "--repo-id", REPO))
     assert hub.repos[REPO].branches["main"] == before
+    assert "the versions' tags" in one_line(command(publish.main, folder, "--repo-id", REPO, "--revision", "v1"))
+    other = {**json.loads((older / "results.json").read_text()), "name": "risotto_resnet20.other"}
+    hub.put("somebody/else", {"results.json": json.dumps(other).encode()})
+    args = [older, "--repo-id", "somebody/else", "--revision", "old"]
+    assert "holds something else" in one_line(command(publish.main, *args))
+    assert list(hub.repos["somebody/else"].branches) == ["main"]
     assert command(publish.main, older, "--repo-id", REPO, "--revision", "old").code == 0
 
 
@@ -1090,6 +1103,36 @@ def test_weights_that_float16_cannot_hold_are_not_released(run, tmp_path):
     release.release(large, "digits", [], tmp_path / "out")
 
 
+def test_a_release_again_keeps_what_was_said_and_nobody_elses_files(run, tmp_path):
+    out = tmp_path / "out"
+    release.release(run, "digits", [run], out, license="mit")
+    release.release(run, "digits", output=out)
+    told = json.loads((out / "results.json").read_text())
+    assert told["license"] == "mit" and len(told["baselines"]) == 1
+    for name in (".cache", ".gitattributes"):  # as one that was downloaded has
+        (out / name).touch()
+    release.release(run, "digits", output=out)
+    (out / ".git").mkdir()
+    (out / "NOTES.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds .git, NOTES.txt beside a release"):
+        release.release(run, "digits", output=out)
+    assert (out / "NOTES.txt").is_file()
+
+
+def test_a_baseline_that_was_released_has_the_numbers_of_its_release(folder, monkeypatch):
+    """Which may be those of float16; a release of another run of that net makes it an earlier version."""
+    results = json.loads((folder / "results.json").read_text())
+    results["in_zoo"] = True
+    (baseline,) = results["baselines"]
+    baseline["differs"] = []
+    (folder / "results.json").write_text(json.dumps(results))
+    one = {**results, "evaluation": {**results["evaluation"], "top1": 0.987}}
+    monkeypatch.setattr(cards, "releases", lambda: {NAME: one})
+    assert "98.70%" in cards.card(folder) and "earlier version |" not in cards.card(folder)
+    one["train_seconds"] += 1
+    assert "98.70%" not in cards.card(folder) and "an earlier version |" in cards.card(folder)
+
+
 def test_a_baseline_needs_no_weights(run, released, tmp_path):
     """Those of a release may be on the Hub alone."""
     baseline = tmp_path / "baseline"
@@ -1132,7 +1175,7 @@ def test_fine_tuning_is_shown_only_of_these_very_weights(run, tmp_path, command)
     results = json.loads((tmp_path / "scratch" / "results.json").read_text())
     (tmp_path / "scratch" / "results.json").write_text(json.dumps({**results, "train_images": 299}))
     uneven = one_line(command(release.main, *args, tmp_path / "tuned", tmp_path / "scratch"))
-    assert "had different nets, data or budgets" in uneven
+    assert "cannot be compared: train_images is 300 in one, 299 in the other" in uneven
 
 
 def test_a_failing_release_leaves_the_one_before(run, tmp_path, monkeypatch):
@@ -1184,7 +1227,9 @@ def test_a_release_whose_last_renaming_fails_leaves_the_one_before(run, tmp_path
     outside = release.release(run, "digits", [], tmp_path / "outside")
     assert (outside / WEIGHTS).is_file()
     shutil.rmtree(outside)
-    rest.unlink()
+    assert rest.is_file()
+    release.release(run, "digits", [])
+    assert not rest.exists()
     # One outside the zoo leaves the zoo's weights alone.
     release.release(run, "digits", [], tmp_path / "elsewhere", half=True)
     assert {path: data for path, data in held().items() if (tmp_path / "elsewhere") not in path.parents} == before

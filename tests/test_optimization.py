@@ -332,5 +332,7 @@ def test_a_recipe_for_others_names_no_place_of_this_machine():
     data = {"source": "/home/me/photos", "root": "/mnt/shards"}
     told = without_places(Recipe.model_validate({"data": data, "init_from": "local-dir:/home/me/runs/first"}))
     assert (told.data.source, told.data.root, told.init_from) == ("photos", "shards", "local-dir:first")
+    told = without_places(Recipe.model_validate({"data": {"source": "../../me/photos", "root": "~/shards"}}))
+    assert (told.data.source, told.data.root) == ("photos", "shards")
     kept = Recipe.model_validate({"data": {"source": "hfds/cifar10", "root": "shards"}})
     assert without_places(kept) == kept

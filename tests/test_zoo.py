@@ -191,7 +191,7 @@ def test_what_is_finished_when_a_signal_comes_is_packed(toy, command, tmp_path, 
     monkeypatch.setattr(zoo, "train", train)
     result = command(zoo.main, "--runs", tmp_path / "runs", "--device", "cpu", "--collect", tmp_path / "out")
     assert result.code == 143 and trained == ["risotto_resnet20", "risotto_resnet20_bn"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["toy.tar.00"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["toy.tar.0000"]
 
 
 def test_rows_are_shipped_recipes_and_unknown_ones_are_told(command):

@@ -99,8 +99,8 @@ def results_table() -> str:
     ]
     released = releases()
     for name, result in released.items():
-        twin = next((b for b in result["baselines"] if b["model"] == f"{result['model']}_bn"), None)
         model, _, tag = name.partition(".")
+        twin = next((_as_released(b, result) for b in result["baselines"] if b["model"] == f"{model}_bn"), None)
         rows.append(_row(f"[`{model}`](model_cards/{name})", tag, result, twin, _weights(result)))
     for path in sorted(RECORDS.glob("*.json")):
         other = path.with_stem(f"{path.stem}_bn")
@@ -268,7 +268,7 @@ def _results(result: dict[str, Any], judged: str) -> str:
         "| model | top-1 (95% interval) | top-5 | loss | epochs, seed | training |",
         "|---|---|---|---|---|---|",
     ]
-    for i, row in enumerate([result, *result["baselines"]]):
+    for i, row in enumerate([result, *(_as_released(baseline, result) for baseline in result["baselines"])]):
         score = row["evaluation"]
         name = f"**{row['model']}**" if i == 0 else f"{row['model']}{_age(row, result)}"
         rows.append(
@@ -298,10 +298,22 @@ def _results(result: dict[str, Any], judged: str) -> str:
 
 def _age(baseline: dict[str, Any], result: dict[str, Any]) -> str:
     """A baseline is as it was when it was compared with; its net may have been released again since."""
-    if baseline.get("differs") == ["seed"]:
+    now = _release_of(baseline, result)
+    if baseline.get("differs") == ["seed"] or now is None or now["train_seconds"] == baseline["train_seconds"]:
         return ""
-    now = releases().get(f"{baseline['model']}.{result['name'].partition('.')[2]}") if result["in_zoo"] else None
-    return "" if now is None or now["evaluation"] == baseline["evaluation"] else ", an earlier version"
+    return ", an earlier version"
+
+
+def _as_released(baseline: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """A baseline with the numbers of its release, which may be those of float16, if it is the very run released."""
+    now = _release_of(baseline, result)
+    same = now is not None and now["train_seconds"] == baseline["train_seconds"]
+    return {**baseline, "evaluation": now["evaluation"]} if same else baseline
+
+
+def _release_of(baseline: dict[str, Any], result: dict[str, Any]) -> dict[str, Any] | None:
+    """What is released of a baseline's net on the same data now."""
+    return releases().get(f"{baseline['model']}.{result['name'].partition('.')[2]}") if result["in_zoo"] else None
 
 
 def _siblings(name: str) -> list[str]:
@@ -332,6 +344,8 @@ risotto-zoo predict IMAGE --model {repo}
     model = result["model"]
     plain = model.removeprefix("risotto_").removesuffix("_bn")
     if model.endswith("_bn") and plain in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+        channels = config["pretrained_cfg"]["input_size"][0]
+        inputs = "" if channels == 3 else f", in_chans={channels}"
         text += f"""
 
 The weights fit timm's own {plain}, without risotto-zoo:
@@ -340,7 +354,7 @@ The weights fit timm's own {plain}, without risotto-zoo:
 from huggingface_hub import hf_hub_download
 
 weights = hf_hub_download("{repo_id}", "{WEIGHTS}")
-model = timm.create_model("{plain}", num_classes={config["num_classes"]}, checkpoint_path=weights)
+model = timm.create_model("{plain}", num_classes={config["num_classes"]}{inputs}, checkpoint_path=weights)
 ```"""
     return text
 
@@ -384,8 +398,12 @@ def _subset(result: dict[str, Any], recipe: Recipe) -> str:
 
 def _reproduce(folder: Path, result: dict[str, Any], recipe: Recipe) -> str:
     versions = ", ".join(f"{package} {version_of(folder, package)}" for package in ("risotto-zoo", "torch", "timm"))
-    return f"""`recipe.yaml` is the whole experiment, `metrics.csv` its log. In a checkout of risotto-zoo, with this
-repository in FOLDER and the data in `{recipe.data.source}`:
+    needed = f"this\nrepository in FOLDER and the data in `{recipe.data.source}`"
+    if (recipe.init_from or "").startswith("local-dir:"):
+        begun = recipe.init_from.removeprefix("local-dir:")
+        needed += f", and the run of its author that it began from, which is\nnot published, in `{begun}`"
+    return f"""`recipe.yaml` is the whole experiment, `metrics.csv` its log. In a checkout of risotto-zoo, \
+with {needed}:
 
 ```bash
 python -m training.train --recipe FOLDER/recipe.yaml --output runs/again

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, GitRefs, HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
@@ -27,10 +27,10 @@ from risotto_zoo.loading import load
 from .cards import card
 from .console import say
 from .files import read_json
-from .release import COPIED
+from .release import COPIED, MADE, OPTIONAL
 
-FILES = ("README.md", "config.json", WEIGHTS, "results.json", "recipe.yaml", "metrics.csv", "curves.png")
-OPTIONAL = ("finetune.png",)
+FILES = (*MADE, *COPIED)
+VERSION = re.compile(r"v\d+")
 
 
 def present(folder: Path) -> list[str]:
@@ -79,11 +79,13 @@ def _check_card(folder: Path) -> None:
             raise UserError(
                 f"{path}: the card's {key} is {metadata.get(key)!r}, not {value!r}; run python -m training.cards"
             )
+    text = path.read_text(encoding="utf-8")
+    named = re.search(r'"hf-hub:([^"]+)"', text)  # that of a release which was fetched loads from where it was
     try:
-        fresh = card(folder)
+        fresh = card(folder, named and named[1])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path.parent / 'results.json'} lacks what the card tells; release the run again") from None
-    if path.read_text(encoding="utf-8") != fresh:
+    if text != fresh:
         raise UserError(f"{path} does not say what results.json does; run python -m training.cards or release again")
 
 
@@ -103,6 +105,8 @@ def publish(folder: Path, repo_id: str, private: bool = False, revision: str | N
     """
     results = check(folder)
     check_name(repo_id)
+    if revision is not None and VERSION.fullmatch(revision):
+        raise UserError(f"--revision {revision}: names such as v1 are the versions' tags; name the branch otherwise")
     tag = f"v{results['version']}"
     local = {name: (folder / name).read_bytes() for name in present(folder)}
     local["README.md"] = card(folder, repo_id).encode()
@@ -114,10 +118,13 @@ def publish(folder: Path, repo_id: str, private: bool = False, revision: str | N
             raise UserError(
                 f"{repo_id} exists and is public; make it private on its settings page, or leave --private out"
             )
-        if revision is not None:
-            patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-        _check_place(api, repo_id, revision, results)
+        refs = patiently(lambda: api.list_repo_refs(repo_id))
+        begun = revision is None or revision in [branch.name for branch in refs.branches]
+        _check_place(api, repo_id, revision if begun else None, results)
+        _check_newest(repo_id, revision, refs, results)
         tagged = _tagged(api, repo_id, tag, local)
+        if not begun:
+            patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
         commit = _committed(api, repo_id, revision, f"{results['name']} {tag}", local)
         if not tagged:
             patiently(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
@@ -138,7 +145,7 @@ def check_name(repo_id: str) -> None:
 
 
 def _check_place(api: HfApi, repo_id: str, revision: str | None, results: dict[str, Any]) -> None:
-    """Refuse a repository of something else, and to put an older version over a newer one."""
+    """Refuse a repository of something else."""
     there = _files(api, repo_id, revision or "main").keys() - {".gitattributes"}
     if there:
         try:
@@ -150,14 +157,16 @@ def _check_place(api: HfApi, repo_id: str, revision: str | None, results: dict[s
                 f"{repo_id} holds something else than {results['name']} ({', '.join(sorted(there)[:3])}, ...), which "
                 "publishing would replace; name another repository, or empty this one first"
             )
-    if revision is None:
-        refs = patiently(lambda: api.list_repo_refs(repo_id))
-        newest = max((int(tag.name[1:]) for tag in refs.tags if re.fullmatch(r"v\d+", tag.name)), default=0)
-        if newest > results["version"]:
-            raise UserError(
-                f"{repo_id} holds v{newest} already, which is newer than v{results['version']}; an older version is "
-                "published beside it with --revision BRANCH"
-            )
+
+
+def _check_newest(repo_id: str, revision: str | None, refs: GitRefs, results: dict[str, Any]) -> None:
+    """Refuse to put an older version over a newer one."""
+    newest = max((int(tag.name[1:]) for tag in refs.tags if VERSION.fullmatch(tag.name)), default=0)
+    if revision is None and newest > results["version"]:
+        raise UserError(
+            f"{repo_id} holds v{newest} already, which is newer than v{results['version']}; an older version is "
+            "published beside it with --revision BRANCH"
+        )
 
 
 def _tagged(api: HfApi, repo_id: str, tag: str, local: dict[str, bytes]) -> bool:
@@ -174,7 +183,8 @@ def _tagged(api: HfApi, repo_id: str, tag: str, local: dict[str, bytes]) -> bool
         if there.get(name) not in (sha256(local[name]), git_sha1(local[name])):
             raise UserError(
                 f"{repo_id} holds {tag} already, with another {name}. The model of a version does not change: release "
-                "the new run in model_cards, which counts its version up, or publish under another name"
+                "the new run into the folder of the version before, by --output, which counts it up, or publish under "
+                "another name"
             )
     return True
 

@@ -319,7 +319,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _last_name(place: str | None) -> str | None:
-    return Path(place).name if place is not None and Path(place).is_absolute() else place
+    """Of a place that lies outside the folder one works in, which is nobody else's business."""
+    outside = place is not None and (Path(place).is_absolute() or {"..", "~"} & set(Path(place).parts))
+    return Path(place).resolve().name if outside else place
 
 
 def recipe_names() -> list[str]:

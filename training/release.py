@@ -43,6 +43,9 @@ from .run_folder import best, finished_results, read_metrics
 PACKAGE_BYTES = 4_000_000
 REPOSITORY_BYTES = 28 * 2**20
 OF_TRAINING = ("drop_rate", "drop_path_rate")  # arguments of a net that its weights do not need
+MADE = ("README.md", "results.json", WEIGHTS)
+OPTIONAL = ("finetune.png",)
+DOWNLOADED = (".cache", ".gitattributes")  # what comes with a release that was fetched from the Hub, and may go
 COPIED = ("config.json", "recipe.yaml", "metrics.csv", "curves.png")
 PROBES = 64
 
@@ -50,12 +53,12 @@ PROBES = 64
 def release(
     run: Path,
     tag: str,
-    baselines: list[Path],
+    baselines: list[Path] | None = None,
     output: Path | None = None,
     half: bool = False,
     device: str | None = None,
     finetunes: list[tuple[Path, Path]] | None = None,
-    license: str = LICENSE,
+    license: str | None = None,
 ) -> Path:
     """Write the release of a run and everything that is generated from it; returns its folder.
 
@@ -63,13 +66,14 @@ def release(
         run: Folder of a finished run.
         tag: Name of the data set.
         baselines: Finished runs under the same conditions, or releases or records (training/results/NAME.json) of
-            such, whose results the card shows beside this one's.
+            such, whose results the card shows beside this one's. If None, those of the release before are kept, unless
+            the weights are new ones.
         output: The folder, if it is not to be one of the zoo's.
         half: Store the weights in float16 and evaluate what is stored.
         device: Where to evaluate, if `half`.
         finetunes: Pairs of finished runs on other data: from these weights, and from scratch with the same budget.
             If None, those of the release before are kept, unless the weights are new ones.
-        license: Of the weights, as the Hub names it.
+        license: Of the weights, as the Hub names it; that of the release before if None, Apache-2.0 if there is none.
 
     Raises:
         UserError: If a run is unfinished or its files do not belong together, or the net is not one that
@@ -77,7 +81,7 @@ def release(
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", tag):
         raise UserError(f"tag {tag!r}: use lower-case letters, digits, - and _, such as cifar10-jpeg")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise UserError(f"license {license!r}: give its identifier on the Hub, such as mit or cc-by-nc-4.0")
     results = _finished(run)
     if "evaluation" in results:
@@ -98,6 +102,9 @@ def release(
     read_tensors(data, f"{run} in float16" if half else str(run))  # what float16 cannot hold is infinite by now
     folder = (output or CARDS / name).resolve()
     before = _release_before(folder, name)
+    if output is None:
+        _staged(name).unlink(missing_ok=True)  # of a release that was killed
+    license = license or before.get("license", LICENSE)
     location = "hub" if output else _location(name, len(data))
     config["model_args"] = {key: value for key, value in config["model_args"].items() if key not in OF_TRAINING}
     if labels := DATASETS.get(tag, {}).get("labels"):
@@ -132,12 +139,13 @@ def release(
         "evaluation": score,
         "init": config["model_args"].get("init", "risotto"),
         **({"init_from": told.init_from} if told.init_from is not None else {}),
-        "baselines": [_baseline(path, results, told) for path in baselines],
+        "baselines": [_baseline(path, results, told) for path in baselines or []],
         "isometry": _isometry(config, recipe),
         "finetunes": [_finetune(*pair, run, None if changed else name) for pair in finetunes or []],
     }
-    if finetunes is None and not changed:
-        results["finetunes"] = before.get("finetunes", [])
+    for key, given in (("baselines", baselines), ("finetunes", finetunes)):
+        if given is None and not changed:
+            results[key] = before.get(key, [])
     _replace_folder(folder, results, files)
     if output is None:
         write_pages(cards.pages())
@@ -159,17 +167,22 @@ def _release_before(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         UserError: If it holds anything else, which is not ours to replace.
     """
-    old = folder.with_name(f".{folder.name}.old")
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     if old.is_dir() and not folder.exists():  # a release was interrupted between two renames
         old.rename(folder)
+    for rest in (new, old):
+        shutil.rmtree(rest, ignore_errors=True)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return {"version": 0, "sha256": {}}
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        if results["name"] == name and isinstance(results["version"], int) and isinstance(results["sha256"], dict):
-            return results
+        ours = results["name"] == name and isinstance(results["version"], int) and isinstance(results["sha256"], dict)
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        ours = False
+    if ours and (others := {path.name for path in folder.iterdir()} - {*COPIED, *MADE, *OPTIONAL, *DOWNLOADED}):
+        raise UserError(f"{folder} holds {', '.join(sorted(others)[:3])} beside a release; name another folder")
+    if ours:
+        return results
     raise UserError(f"{folder} holds something else than a release of {name}; name another folder with --output")
 
 
@@ -258,9 +271,12 @@ def _finetune(tuned: Path, scratch: Path, run: Path, name: str | None) -> dict[s
             "by_epoch": [row[curve] for row in read_metrics(folder)],
             "data": without_places(recipe).data.source,
         }
-        sides[side] |= {"train_images": results["train_images"], "size": recipe.data.image_size}
-    if any(sides["tuned"][key] != sides["scratch"][key] for key in ("model", "data", "train_images", "epochs", "size")):
-        raise UserError(f"{tuned} and {scratch} had different nets, data or budgets")
+        size = read_json(folder / "config.json")["pretrained_cfg"]["input_size"][-1]
+        sides[side] |= {"train_images": results["train_images"], "size": size}
+    for key in ("model", "data", "train_images", "epochs", "size"):
+        one, other = sides["tuned"][key], sides["scratch"][key]
+        if one != other:
+            raise UserError(f"{tuned} and {scratch} cannot be compared: {key} is {one} in one, {other} in the other")
     return sides
 
 
@@ -297,15 +313,22 @@ def _location(name: str, size: int) -> str:
     return "package" if size <= PACKAGE_BYTES else "repository"
 
 
+def _package_file(name: str) -> Path:
+    return PACKAGE / "weights" / f"{name}.safetensors"
+
+
+def _staged(name: str) -> Path:
+    """Where weights wait until the rest of their release is written."""
+    path = _package_file(name)
+    return path.with_name(f".{path.name}.new")
+
+
 def _replace_folder(folder: Path, results: dict[str, Any], files: dict[str, bytes]) -> None:
     """Build the folder beside its place and swap, so that the old release is there, whole, until the new one is."""
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    package_file = PACKAGE / "weights" / f"{results['name']}.safetensors"
-    staged = package_file.with_name(f".{package_file.name}.new")
+    package_file, staged = _package_file(results["name"]), _staged(results["name"])
     packaged, renamed = results["location"] == "package", False
     try:
-        for rest in (new, old):
-            shutil.rmtree(rest, ignore_errors=True)
         new.mkdir(parents=True)
         for name in COPIED:
             write_atomically(new / name, files[name])
@@ -352,7 +375,6 @@ def main() -> None:
         "--baseline",
         nargs="+",
         type=Path,
-        default=[],
         metavar="RUN",
         help="for the card's table: runs under the same conditions, their releases, or training/results/*.json",
     )
@@ -365,7 +387,7 @@ def main() -> None:
         help="finished runs on other data, from these weights and from scratch, for the card",
     )
     parser.add_argument("--output", type=Path, help="folder of a release outside the zoo (default: in model_cards)")
-    parser.add_argument("--license", default=LICENSE, help="of the weights, as the Hub names it (default: %(default)s)")
+    parser.add_argument("--license", help=f"of the weights, as the Hub names it (default: as before, or {LICENSE})")
     parser.add_argument("--half", action="store_true", help="store float16, and evaluate what is stored")
     parser.add_argument("--device", help="where to evaluate with --half (default: cuda where there is one)")
     args = parser.parse_args()

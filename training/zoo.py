@@ -168,7 +168,7 @@ def collect(run: Path, output: Path) -> list[Path]:
             archive.add(path, f"{run.name}/{path.relative_to(run)}")
     data, output = buffer.getvalue(), output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    new = [output / f".{run.name}.tar.{i:02}" for i in range(-(-len(data) // PIECE))]
+    new = [output / f".{run.name}.tar.{i:04}" for i in range(-(-len(data) // PIECE))]
     for i, path in enumerate(new):
         path.write_bytes(data[i * PIECE : (i + 1) * PIECE])
     for old in output.glob(f"{run.name}.tar.*"):  # only now: what was packed before is better than half of this
