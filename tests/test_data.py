@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+import tarfile
 import tempfile
 import time
 from multiprocessing import resource_sharer
@@ -24,7 +25,7 @@ from training import evaluate, train
 from training.augment import augmented, draw, generator_of, mixed
 from training.data import View, cache_folder, class_names, load_set, open_source
 from training.distributed import World
-from training.pipelines import open_dataset, streamed_batches, validation_batches
+from training.pipelines import Listed, open_dataset, streamed_batches, validation_batches
 from training.recipe import Augment
 
 VIEW = View((3, 32, 32), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3))
@@ -280,6 +281,16 @@ def test_the_cache_follows_links_and_looks_at_nothing_beside_the_set(folder, tmp
     one, other = sorted((folder / "val" / "church").glob("*.jpg"))[:2]
     one.write_bytes(other.read_bytes())
     assert torch.equal(load_set("torch/image_folder", False, VIEW, **load).images[0], first.images[1])
+
+
+def test_loader_processes_share_no_open_file(photo_folder, tmp_path):
+    """They would move each other's place in it, and take images for broken ones."""
+    with tarfile.open(tmp_path / "val.tar", "w") as archive:
+        archive.add(photo_folder / "val", "val")
+    listed = Listed(open_source(str(tmp_path), False), 3, False)
+    listed.check()
+    reader = listed.source.dataset.reader
+    assert reader.tar_state.tf is None and reader.cache_tarfiles
 
 
 def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch, tmp_path):

@@ -38,6 +38,9 @@ from training.recipe import Recipe, _known_keys, dump, load_recipe, recipe_names
         ("digits", ["data.pipeline=streaming"], ["shift"]),
         ("digits", ["augment.mixup_prob=0.5"], ["mixup_prob has no effect"]),
         ("digits", ["model_args.pretrained=true"], ["model_args takes none of pretrained", "init_from"]),
+        ("digits", ["optimizer.options={eps: .inf}"], ["optimizer.options holds what cannot be written down"]),
+        ("digits", ["model_args={a: {1: 2}}"], ["model_args holds what cannot be written down"]),
+        ("digits", ["model_args.a=2026-01-01"], ["model_args holds what cannot be written down"]),
         ("digits", ["optimizer.name=kron"], ["unknown optimizer 'kron'"]),
     ],
 )
@@ -168,3 +171,11 @@ def test_a_hundred_broken_recipes_each_give_one_line_and_code_2(mutation, comman
 def test_validate_names_its_source():
     with pytest.raises(UserError, match="somewhere: unknown key"):
         validate({"no_such": 1}, "somewhere")
+
+
+@pytest.mark.parametrize("name", ["1e5", "0x1F", "12:30:00", "null", "yes", "2026-01-01", "a #1", ".5", "1_000"])
+def test_text_comes_back_as_text(name, tmp_path):
+    recipe = load_recipe("digits", [f"data.source='{name}'", f"model_args={{a: '{name}'}}"])
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    again = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert again == recipe and again.data.source == again.model_args["a"] == name

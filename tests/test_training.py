@@ -295,11 +295,13 @@ def test_new_states_are_kept_although_later_damaged_ones_lie_there(tmp_path):
         save_state(tmp_path, step, {"x": torch.ones(1)}, {})
         (tmp_path / f"step-{step:09d}.json").write_text("{")
     (tmp_path / "step-000000150.safetensors").write_text("killed between the two files of a state")
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "notes.txt").write_text("somebody's")
     for step in (10, 20, 30):
         save_state(tmp_path, step, {"x": torch.full((1,), float(step))}, {"note": step})
     step, tensors, facts, skipped = load_state(tmp_path)
     assert (step, tensors["x"].item(), facts, skipped) == (30, 30.0, {"note": 30}, [])
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.glob("step-*"))) == 4 and len(list(tmp_path.iterdir())) == 6
 
 
 def one_image_less(folder):
@@ -600,6 +602,44 @@ def test_settings_train_and_give_a_plain_model(settings, command, tmp_path):
         assert [scalar.value for scalar in events.Scalars("val_top1")] == pytest.approx(
             [float(row["val_top1"]) for row in history]
         )
+
+
+def test_a_run_stopped_as_it_validates_tells_the_same_and_leaves_nothing_behind(
+    finished, command, tmp_path, monkeypatch
+):
+    options = ["--recipe", "digits", *TINY, "--set", "epochs=3", "--output", tmp_path / "run"]
+    evaluate_all = engine.evaluate
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_all(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "evaluate", stopped)
+        assert here(command, *options).code == 143
+    leftover = tmp_path / "run" / "model.safetensors.1.tmp"  # as if it had been killed while it wrote
+    leftover.touch()
+    assert here(command, *options).code == 0 and not leftover.exists()
+    timing = {"images_per_second", "data_wait", "seconds"}
+    told = [
+        [{key: value for key, value in row.items() if key not in timing} for row in read_metrics(folder)]
+        for folder in (tmp_path / "run", finished)
+    ]
+    assert told[0] == told[1]
+
+
+def test_what_was_logged_after_the_last_state_is_logged_once(command, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--recipe", "digits", *TINY, "--set", "tensorboard=true", "--set", "save_every=2"]
+    options += ["--output", tmp_path / "run"]
+    with stopping_after_an_epoch(monkeypatch):
+        assert here(command, *options).code == 143
+    assert here(command, *options).code == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [scalar.step for scalar in events.Scalars("val_loss")] == [
+        row["step"] for row in read_metrics(tmp_path / "run")
+    ]
 
 
 def test_rare_validation_changes_no_weight_and_leaves_gaps(finished, command, tmp_path):

@@ -63,9 +63,7 @@ class Progress:
     waited: float = 0.0
     machines: list[list[Any]] = field(default_factory=list)  # hardware, and `seconds` when it took over
     history: list[dict[str, Any]] = field(default_factory=list)
-    sums: list[float] = field(
-        default_factory=lambda: [0.0, 0.0, 0.0]
-    )  # images, loss, correct: this epoch, all processes
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # images, loss, correct: this epoch
 
 
 @dataclass
@@ -121,6 +119,8 @@ def train(recipe: Recipe, output: Path, world: World, overwrite: bool = False, r
         world.barrier()
         _resume(trainer)
         hardware, machines = run_folder.hardware(world.device, world.size), trainer.progress.machines
+        if machines and machines[-1][0] != hardware and world.main:
+            say(f"it was on {machines[-1][0]} and goes on on {hardware}, which may round otherwise")
         if not machines or machines[-1][0] != hardware:
             machines.append([hardware, trainer.progress.seconds])
         return _loop(trainer, stop)
@@ -367,7 +367,7 @@ def _train_epoch(trainer: Trainer, update: Step, stop: "StopSignals") -> None:
             # Saving does not count; all that waits for the device does.
             progress.seconds += time.perf_counter() - before
             if stopping or due:
-                progress.sums = world.sum(sums.clone()).tolist()
+                progress.sums = sums.tolist()
                 _save(trainer)
             if stopping:
                 _export(trainer)
@@ -498,12 +498,14 @@ def _due(trainer: Trainer) -> bool:
 
 def _save(trainer: Trainer) -> None:
     trainer.saved = time.perf_counter()
+    sums = trainer.world.gather(torch.tensor(trainer.progress.sums, device=trainer.world.device))
     own = _statistics(trainer) if trainer.world.size > 1 else []
     shares = trainer.world.gather(torch.cat([buffer.flatten() for buffer in own])) if own else []
     if not trainer.world.main:
         return
     tensors, plain = flatten_optimizer(trainer.optimizer)
     tensors |= {f"statistics.{rank}": share for rank, share in enumerate(shares)}
+    tensors["sums"] = torch.stack(sums)
     tensors |= prefixed("model.", trainer.model)
     if trainer.ema is not None:
         tensors |= prefixed("ema.", trainer.ema.module)
@@ -546,9 +548,12 @@ def _resume(trainer: Trainer) -> None:
     if trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(facts["scaler"])
     trainer.progress = Progress(**facts["progress"])
-    if not trainer.world.main:  # the sums are those of all processes; one goes on counting from them
-        trainer.progress.sums = [0.0, 0.0, 0.0]
-    else:
+    # Each process goes on with its own sums, or, if there are more or fewer now, one with all.
+    sums = tensors["sums"] if len(tensors["sums"]) == trainer.world.size else tensors["sums"].sum(0, keepdim=True)
+    mine = trainer.world.rank
+    trainer.progress.sums = sums[mine].tolist() if mine < len(sums) else [0.0, 0.0, 0.0]
+    trainer.scheduler.step_update(max(trainer.progress.step - 1, 0))  # the rates of the last step, which are told
+    if trainer.world.main:
         say(f"resumed at step {step}, after {len(trainer.progress.history)} finished epochs")
 
 
@@ -645,7 +650,8 @@ def _tensorboard(trainer: Trainer) -> Any:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(trainer.output / "tensorboard")
+    # What it logged after the state that it goes on from comes again.
+    return SummaryWriter(trainer.output / "tensorboard", purge_step=trainer.progress.step + 1)
 
 
 class StopSignals:

@@ -381,12 +381,19 @@ class Listed(Dataset):
 
     def check(self) -> None:
         """Refuse a set without a readable image, which to find takes no longer than the first of them."""
-        for index in range(len(self)):
-            try:
-                self.source.read(index, self.channels)
-                return
-            except UnreadableImage:
-                pass
+        reader = getattr(self.source.dataset, "reader", None)
+        if keeps := getattr(reader, "cache_tarfiles", False):  # loader processes would share its place in an open file
+            reader.cache_tarfiles = False
+        try:
+            for index in range(len(self)):
+                try:
+                    self.source.read(index, self.channels)
+                    return
+                except UnreadableImage:
+                    pass
+        finally:
+            if keeps:
+                reader.cache_tarfiles = True
         raise UserError(f"none of the {len(self)} validation images can be read")
 
     def __getitem__(self, index: int) -> tuple[Any, int]:

@@ -275,7 +275,19 @@ def load_recipe(name_or_file: str, settings: list[str] | None = None) -> Recipe:
             assign(values, key.split("."), _setting(key, text))
         except (yaml.YAMLError, ValueError):
             raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
-    return validate(values, str(path))
+    recipe = validate(values, str(path))
+    written = json.loads(recipe.model_dump_json())
+    for key, given, told in (
+        ("model_args", recipe.model_args, written["model_args"]),
+        ("optimizer.options", recipe.optimizer.options, written["optimizer"]["options"]),
+        ("data.loader", recipe.data.loader, written["data"]["loader"]),
+    ):
+        if given != told:
+            raise UserError(
+                f"{path}: {key} holds what cannot be written down and read back; it takes text, finite numbers, true, "
+                "false, null, and lists and mappings by name of these"
+            )
+    return recipe
 
 
 def validate(values: dict[str, Any], source: str) -> Recipe:
@@ -288,7 +300,7 @@ def validate(values: dict[str, Any], source: str) -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML, every key written out, in the order of the schema."""
-    return yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False)
+    return yaml.dump(json.loads(recipe.model_dump_json()), Dumper=_Dumper, sort_keys=False)
 
 
 def without_places(recipe: Recipe) -> Recipe:
@@ -347,9 +359,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _parse(text: str) -> Any:

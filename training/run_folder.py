@@ -127,6 +127,9 @@ def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
 
     With `overwrite`, or if the run before it has saved nothing, remove that run's files, and only those.
     """
+    for name in FILES:  # a run that was killed as it wrote leaves these
+        for path in folder.glob(f"{name}.*tmp"):
+            path.unlink()
     file = folder / "recipe.yaml"
     begun_with = _versions()
     if file.is_file() and not overwrite:
@@ -140,10 +143,9 @@ def begin(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     if overwrite:
         coming = folder / "recipe.yaml.tmp"
         write_atomically(coming, text)  # on a full disk nothing is lost
-        for name in ("state", "tensorboard"):
-            for path in (folder / name).glob("*"):
-                if path.is_file():
-                    path.unlink()
+        for path in [*(folder / "state").glob("step-*"), *(folder / "tensorboard").glob("events.*")]:
+            if path.is_file():
+                path.unlink()
         for name in FILES:
             if name != "recipe.yaml":  # the folder stays that of a run, whenever this is interrupted
                 (folder / name).unlink(missing_ok=True)

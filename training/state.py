@@ -35,8 +35,8 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[
     write_atomically(folder / f"{stem}.json", json.dumps(record).encode())
     # Later states than this one are damaged ones that were skipped; they must not count among those kept.
     kept = [path.stem for path in sorted(folder.glob("step-*.json")) if path.stem <= stem][-KEEP:]
-    for path in folder.iterdir():
-        if path.stem not in kept:
+    for path in folder.glob("step-*"):
+        if path.stem not in kept and path.is_file():
             path.unlink(missing_ok=True)
 
 
@@ -56,7 +56,9 @@ def load_state(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any], li
             if sha256(data) != record["sha256"]:
                 raise ValueError("the tensors do not match their checksum (truncated or damaged)")
             return record["step"], safetensors.torch.load(data), record["facts"], skipped
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError
+        ) as error:  # fmt: skip
             skipped.append(f"{path.name}: {error}")
     return (-1, {}, {}, skipped) if skipped else None
 
