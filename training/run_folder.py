@@ -286,7 +286,7 @@ def png(figure: Figure) -> bytes:
     """The figure as a PNG with a palette, which is a third as large: the repository and the Hub hold one a release."""
     figure.set_dpi(120)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it draws boxes in their place
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it draws boxes in their place
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
     buffer = io.BytesIO()
