@@ -328,11 +328,13 @@ def test_loader_processes_decide_what_streaming_draws():
         assert differences(ours, theirs) == found
 
 
-def test_a_recipe_for_others_names_no_place_of_this_machine():
+def test_a_recipe_for_others_names_no_place_of_this_machine(tmp_path):
     data = {"source": "/home/me/photos", "root": "/mnt/shards"}
     told = without_places(Recipe.model_validate({"data": data, "init_from": "local-dir:/home/me/runs/first"}))
     assert (told.data.source, told.data.root, told.init_from) == ("photos", "shards", "local-dir:first")
     told = without_places(Recipe.model_validate({"data": {"source": "../../me/photos", "root": "~/shards"}}))
     assert (told.data.source, told.data.root) == ("photos", "shards")
+    (tmp_path / "photos").symlink_to(tmp_path, target_is_directory=True)
+    assert without_places(Recipe.model_validate({"data": {"source": str(tmp_path / "photos")}})).data.source == "photos"
     kept = Recipe.model_validate({"data": {"source": "hfds/cifar10", "root": "shards"}})
     assert without_places(kept) == kept

@@ -57,7 +57,7 @@ def conduct(source: Path) -> None:
         ]
         rows.append({"scheme": setting, "depth": depth, **{key: [m[key] for m in measured] for key in measured[0]}})
     stored = {
-        "data": source.resolve().name,
+        "data": source.absolute().name,
         "images": IMAGES,
         "rate": RATE,
         "seeds": SEEDS,

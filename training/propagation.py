@@ -44,7 +44,7 @@ def conduct(source: Path) -> None:
     for scheme, depth in tqdm(grid, "propagation", disable=None):
         rows.append({"scheme": scheme, "depth": depth, **measure(scheme, DEPTHS[depth], images)})
     stored = {
-        "data": source.resolve().name,
+        "data": source.absolute().name,
         "images": IMAGES,
         "probes": PROBES,
         "machine": platform.machine(),

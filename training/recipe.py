@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
@@ -333,7 +334,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _last_name(place: str | None) -> str | None:
     """Of a place that lies outside the folder one works in, which is nobody else's business."""
     outside = place is not None and (Path(place).is_absolute() or {"..", "~"} & set(Path(place).parts))
-    return Path(place).resolve().name if outside else place
+    return Path(os.path.abspath(place)).name if outside else place
 
 
 def recipe_names() -> list[str]:

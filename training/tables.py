@@ -155,7 +155,7 @@ def add(run: Path, sweep: bool) -> None:
         raise UserError(f"{run} was judged on test images, but a sweep is on held-out ones; set data.holdout")
     results["data"] = recipe.data.source
     record: dict[str, Any] = {"results": results, "history": history, "recipe": json.loads(recipe.model_dump_json())}
-    target = (RECORDS / "sweeps" if sweep else RECORDS) / f"{run.resolve().name}.json"
+    target = (RECORDS / "sweeps" if sweep else RECORDS) / f"{run.absolute().name}.json"
     write(target, a_row_a_line(record, "history"))
 
 
