@@ -52,7 +52,8 @@ def exits_cleanly(main: Callable[[], int | None]) -> Callable[[], None]:
             code = 2
         except KeyboardInterrupt as interrupt:
             print("interrupted", file=sys.stderr)
-            code = 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+            numbers = [number for number in interrupt.args if isinstance(number, int)]
+            code = 128 + (numbers or [signal.SIGINT])[0]
         sys.exit(code)
 
     return command

@@ -223,7 +223,8 @@ def explained(error: Exception, what: str, repo_id: str, instead: str = "") -> E
     if _may_pass(error):
         cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
         reason = f" ({str(cause).splitlines()[0]})" if cause is not None and str(cause) else ""
-        xet = ", or set HF_HUB_DISABLE_XET=1" if "xet" in reason else ""  # a mirror without that storage, say
+        mirror = "xet-" in reason.replace(repo_id, "")  # perhaps one without that storage
+        xet = ", or set HF_HUB_DISABLE_XET=1" if mirror else ""
         return HubError(f"{what}: the Hub at {place} cannot be reached{reason}; try again{xet}{instead}")
     if _is_xet(error):
         reason = str(error).split("\n")[0] or type(error).__name__

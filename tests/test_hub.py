@@ -239,6 +239,7 @@ def test_an_older_version_does_not_replace_a_newer_one(folder, published, hub, c
     assert command(publish.main, folder, "--repo-id", REPO).code == 0
     before = hub.repos[REPO].branches["main"]
     assert "newer than v1" in one_line(command(publish.main, older, "--repo-id", REPO))
+    assert "newer than v1" in one_line(command(publish.main, older, "--repo-id", REPO, "--revision", "main"))
     assert hub.repos[REPO].branches["main"] == before
     assert "the versions' tags" in one_line(command(publish.main, folder, "--repo-id", REPO, "--revision", "v1"))
     other = {**json.loads((older / "results.json").read_text()), "name": "risotto_resnet20.other"}
@@ -1109,8 +1110,9 @@ def test_a_release_again_keeps_what_was_said_and_nobody_elses_files(run, tmp_pat
     release.release(run, "digits", output=out)
     told = json.loads((out / "results.json").read_text())
     assert told["license"] == "mit" and len(told["baselines"]) == 1
-    for name in (".cache", ".gitattributes"):  # as one that was downloaded has
+    for name in (".cache", ".gitattributes", "README.md.4711.tmp"):  # as one that was downloaded, or killed, has
         (out / name).touch()
+    (tmp_path / ".out.new").mkdir()
     release.release(run, "digits", output=out)
     (out / ".git").mkdir()
     (out / "NOTES.txt").write_text("years of work")
@@ -1228,8 +1230,14 @@ def test_a_release_whose_last_renaming_fails_leaves_the_one_before(run, tmp_path
     assert (outside / WEIGHTS).is_file()
     shutil.rmtree(outside)
     assert rest.is_file()
-    release.release(run, "digits", [])
+    with monkeypatch.context() as patched:
+        patched.setattr(release, "PACKAGE_BYTES", 0)
+        patched.setattr(release, "CARDS", tmp_path / "cards")
+        patched.setattr(cards, "pages", dict)
+        release.release(run, "digits", [])
     assert not rest.exists()
+    shutil.rmtree(tmp_path / "cards")
+    release.release(run, "digits", [])
     # One outside the zoo leaves the zoo's weights alone.
     release.release(run, "digits", [], tmp_path / "elsewhere", half=True)
     assert {path: data for path, data in held().items() if (tmp_path / "elsewhere") not in path.parents} == before

@@ -332,7 +332,7 @@ def test_a_recipe_for_others_names_no_place_of_this_machine(tmp_path):
     data = {"source": "/home/me/photos", "root": "/mnt/shards"}
     told = without_places(Recipe.model_validate({"data": data, "init_from": "local-dir:/home/me/runs/first"}))
     assert (told.data.source, told.data.root, told.init_from) == ("photos", "shards", "local-dir:first")
-    told = without_places(Recipe.model_validate({"data": {"source": "../../me/photos", "root": "~/shards"}}))
+    told = without_places(Recipe.model_validate({"data": {"source": "../../me/photos", "root": "~bob/shards"}}))
     assert (told.data.source, told.data.root) == ("photos", "shards")
     (tmp_path / "photos").symlink_to(tmp_path, target_is_directory=True)
     assert without_places(Recipe.model_validate({"data": {"source": str(tmp_path / "photos")}})).data.source == "photos"

@@ -39,6 +39,7 @@ from training.recipe import Recipe, _known_keys, dump, load_recipe, recipe_names
         ("digits", ["augment.mixup_prob=0.5"], ["mixup_prob has no effect"]),
         ("digits", ["model_args.pretrained=true"], ["model_args takes none of pretrained", "init_from"]),
         ("digits", ["optimizer.options={eps: .inf}"], ["optimizer.options holds what cannot be written down"]),
+        ("digits", ["model_args.a=!!binary /w=="], ["model_args holds what cannot be written down"]),
         ("digits", ["model_args={a: {1: 2}}"], ["model_args holds what cannot be written down"]),
         ("digits", ["model_args.a=2026-01-01"], ["model_args holds what cannot be written down"]),
         ("digits", ["optimizer.name=kron"], ["unknown optimizer 'kron'"]),

@@ -301,6 +301,9 @@ def test_new_states_are_kept_although_later_damaged_ones_lie_there(tmp_path):
         save_state(tmp_path, step, {"x": torch.full((1,), float(step))}, {"note": step})
     step, tensors, facts, skipped = load_state(tmp_path)
     assert (step, tensors["x"].item(), facts, skipped) == (30, 30.0, {"note": 30}, [])
+    (tmp_path / "step-000000040.json").write_text("[" * 100_000)
+    assert load_state(tmp_path)[0] == 30
+    (tmp_path / "step-000000040.json").unlink()
     assert len(list(tmp_path.glob("step-*"))) == 4 and len(list(tmp_path.iterdir())) == 6
 
 
@@ -619,6 +622,9 @@ def test_a_run_stopped_as_it_validates_tells_the_same_and_leaves_nothing_behind(
         assert here(command, *options).code == 143
     leftover = tmp_path / "run" / "model.safetensors.1.tmp"  # as if it had been killed while it wrote
     leftover.touch()
+    notes = tmp_path / "run" / "state" / "notes.txt"
+    notes.touch()
+    (tmp_path / "run" / "results.json").write_text('{"raw": {')
     assert here(command, *options).code == 0 and not leftover.exists()
     timing = {"images_per_second", "data_wait", "seconds"}
     told = [
@@ -626,6 +632,7 @@ def test_a_run_stopped_as_it_validates_tells_the_same_and_leaves_nothing_behind(
         for folder in (tmp_path / "run", finished)
     ]
     assert told[0] == told[1]
+    assert here(command, *options, "--overwrite").code == 0 and notes.is_file()
 
 
 def test_what_was_logged_after_the_last_state_is_logged_once(command, tmp_path, monkeypatch):

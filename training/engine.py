@@ -549,7 +549,8 @@ def _resume(trainer: Trainer) -> None:
         trainer.scaler.load_state_dict(facts["scaler"])
     trainer.progress = Progress(**facts["progress"])
     # Each process goes on with its own sums, or, if there are more or fewer now, one with all.
-    sums = tensors["sums"] if len(tensors["sums"]) == trainer.world.size else tensors["sums"].sum(0, keepdim=True)
+    sums = tensors.get("sums", torch.tensor([trainer.progress.sums]))  # of version 0.2.0 the state has those of all
+    sums = sums if len(sums) == trainer.world.size else sums.sum(0, keepdim=True)
     mine = trainer.world.rank
     trainer.progress.sums = sums[mine].tolist() if mine < len(sums) else [0.0, 0.0, 0.0]
     trainer.scheduler.step_update(max(trainer.progress.step - 1, 0))  # the rates of the last step, which are told

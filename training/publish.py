@@ -105,8 +105,7 @@ def publish(folder: Path, repo_id: str, private: bool = False, revision: str | N
     """
     results = check(folder)
     check_name(repo_id)
-    if revision is not None and VERSION.fullmatch(revision):
-        raise UserError(f"--revision {revision}: names such as v1 are the versions' tags; name the branch otherwise")
+    _check_revision(revision)
     tag = f"v{results['version']}"
     local = {name: (folder / name).read_bytes() for name in present(folder)}
     local["README.md"] = card(folder, repo_id).encode()
@@ -144,6 +143,12 @@ def check_name(repo_id: str) -> None:
         raise UserError(f"{repo_id!r} is no repository name: write it as ORG/NAME")
 
 
+def _check_revision(revision: str | None) -> None:
+    """Refuse a branch that would be taken for a version."""
+    if revision is not None and VERSION.fullmatch(revision):
+        raise UserError(f"--revision {revision}: names such as v1 are the versions' tags; name the branch otherwise")
+
+
 def _check_place(api: HfApi, repo_id: str, revision: str | None, results: dict[str, Any]) -> None:
     """Refuse a repository of something else."""
     there = _files(api, repo_id, revision or "main").keys() - {".gitattributes"}
@@ -162,7 +167,7 @@ def _check_place(api: HfApi, repo_id: str, revision: str | None, results: dict[s
 def _check_newest(repo_id: str, revision: str | None, refs: GitRefs, results: dict[str, Any]) -> None:
     """Refuse to put an older version over a newer one."""
     newest = max((int(tag.name[1:]) for tag in refs.tags if VERSION.fullmatch(tag.name)), default=0)
-    if revision is None and newest > results["version"]:
+    if revision in (None, "main") and newest > results["version"]:
         raise UserError(
             f"{repo_id} holds v{newest} already, which is newer than v{results['version']}; an older version is "
             "published beside it with --revision BRANCH"
@@ -252,6 +257,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.dry_run:
         check_name(args.repo_id)
+        _check_revision(args.revision)
         results = check(args.folder)
         for name in present(args.folder):
             print(f"{name:20} {(args.folder / name).stat().st_size:>12,} bytes")

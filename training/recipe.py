@@ -277,7 +277,10 @@ def load_recipe(name_or_file: str, settings: list[str] | None = None) -> Recipe:
         except (yaml.YAMLError, ValueError):
             raise UserError(f"--set {setting}: {text!r} is not a YAML value") from None
     recipe = validate(values, str(path))
-    written = json.loads(recipe.model_dump_json())
+    try:
+        written = json.loads(recipe.model_dump_json())
+    except ValueError:  # bytes that are no text, or what holds itself
+        written = {"model_args": None, "optimizer": {"options": None}, "data": {"loader": None}}
     for key, given, told in (
         ("model_args", recipe.model_args, written["model_args"]),
         ("optimizer.options", recipe.optimizer.options, written["optimizer"]["options"]),
@@ -333,7 +336,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _last_name(place: str | None) -> str | None:
     """Of a place that lies outside the folder one works in, which is nobody else's business."""
-    outside = place is not None and (Path(place).is_absolute() or {"..", "~"} & set(Path(place).parts))
+    outside = place is not None and (Path(place).is_absolute() or ".." in Path(place).parts or place[:1] == "~")
     return Path(os.path.abspath(place)).name if outside else place
 
 

@@ -179,8 +179,12 @@ def _release_before(folder: Path, name: str) -> dict[str, Any]:
         ours = results["name"] == name and isinstance(results["version"], int) and isinstance(results["sha256"], dict)
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
-    if ours and (others := {path.name for path in folder.iterdir()} - {*COPIED, *MADE, *OPTIONAL, *DOWNLOADED}):
-        raise UserError(f"{folder} holds {', '.join(sorted(others)[:3])} beside a release; name another folder")
+    names = {path.name for path in folder.iterdir() if path.suffix != ".tmp"} if ours else set()
+    if others := names - {*COPIED, *MADE, *OPTIONAL, *DOWNLOADED}:
+        raise UserError(
+            f"{folder} holds {', '.join(sorted(others)[:3])} beside a release; move that away, or name another folder "
+            "with --output"
+        )
     if ours:
         return results
     raise UserError(f"{folder} holds something else than a release of {name}; name another folder with --output")

@@ -58,7 +58,11 @@ def check_output(folder: Path, recipe: Recipe, overwrite: bool, resume: bool) ->
     if used and not (folder / "recipe.yaml").is_file():
         raise UserError(f"output folder {folder} is not empty and holds no run; choose another with --output")
     if used and not overwrite:
-        if finished_results(folder) is not None:
+        try:
+            finished = finished_results(folder) is not None
+        except UserError:  # damaged; its state tells how far it is
+            finished = False
+        if finished:
             raise UserError(f"{folder} holds a finished run; pass --overwrite to replace it, or another --output")
         if not resume:
             raise UserError(
