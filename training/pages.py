@@ -35,9 +35,10 @@ def write_pages(pages: dict[Path, bytes]) -> None:
 
 
 def check_pages(pages: dict[Path, bytes], command: str) -> None:
-    """
+    """Refuse pages that are not as they should be.
+
     Raises:
-        UserError: If a page is stale; it names the command that writes it.
+        UserError: If one is stale; it names the command that writes it.
     """
     if found := stale(pages):
         raise UserError(f"stale: {', '.join(map(_short, found))}; run {command}")
